@@ -1,0 +1,32 @@
+# Two commands, each from a bare clone to a result: `make demo` and `make test`. Both share .venv.
+PYTHON ?= python3
+VENV := .venv
+BIN := $(VENV)/bin
+READY := $(VENV)/.ready
+export OMP_WAIT_POLICY ?= passive
+
+.PHONY: demo test lint torture clean
+
+demo: $(READY)
+	$(BIN)/python examples/demo.py
+
+test: $(READY) lint
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist loadfile
+
+lint: $(READY)
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+
+torture: $(READY)
+	OMP_NUM_THREADS=1 $(BIN)/python tests/torture.py --kills 50
+
+# An environment that was built from the same setup.cfg is used again; a half-built one never carries the stamp.
+$(READY): setup.cfg pyproject.toml
+	$(PYTHON) -c 'import sys; sys.exit("metric_kd needs Python 3.11 or later; set PYTHON=python3.11" if sys.version_info < (3, 11) else 0)'
+	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
+	$(BIN)/python -m pip install --disable-pip-version-check --editable '.[test,tensorboard]'
+	touch $(READY)
+
+clean:
+	rm -rf $(VENV) build *.egg-info .pytest_cache .mypy_cache .ruff_cache

@@ -1,0 +1,22 @@
+"""`run.py --mode eval` and `metric-kd eval`: Recall@K of a checkpoint on unseen classes; writes nothing."""
+
+from collections.abc import Sequence
+
+from metric_kd.cli.parse import Parsed, parse
+from metric_kd.cli.session import build, make_evaluate
+
+
+def main(arguments: Sequence[str], program: str | None = None) -> int:
+    evaluate(parse("train", ["--mode", "eval", *arguments], program or "metric-kd eval"))
+    return 0
+
+
+def evaluate(parsed: Parsed) -> dict[str, float]:
+    """Print and return {"recall@K": fraction} of the network in --load."""
+    session = build(parsed)
+    for note in session.notes:
+        print(note)
+    metrics = make_evaluate(session, session.test)(session.student)
+    for k in session.config.recall:
+        print(f"Recall@{k}: {100 * metrics[f'recall@{k}']:.4f}")
+    return metrics

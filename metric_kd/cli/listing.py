@@ -1,0 +1,32 @@
+"""`metric-kd list datasets|backbones|samplers|losses|methods`: names, one a line."""
+
+from collections.abc import Sequence
+
+import metric_kd.distill  # noqa: F401 (registers the methods)
+from metric_kd.data import DATASETS
+from metric_kd.errors import UserError, one_of
+from metric_kd.losses.samplers import SAMPLERS
+from metric_kd.losses.term import TERMS
+from metric_kd.models import backbone_names
+
+
+def names(kind: str) -> list[str]:
+    if kind == "datasets":
+        return list(DATASETS)
+    if kind == "backbones":
+        return backbone_names()
+    if kind == "samplers":
+        return list(SAMPLERS)
+    return [name for name in TERMS if TERMS[name].reads_teacher == (kind == "methods")]
+
+
+KINDS = ("datasets", "backbones", "samplers", "losses", "methods")
+
+
+def main(arguments: Sequence[str], program: str | None = None) -> int:
+    if len(arguments) != 1:
+        raise UserError(f"usage: metric-kd list {'|'.join(KINDS)}")
+    if arguments[0] not in KINDS:
+        raise one_of("list", arguments[0], KINDS)
+    print("\n".join(names(arguments[0])))
+    return 0

@@ -1,0 +1,54 @@
+"""Every spelling of an objective folded into one list: --loss, the seed's ratio flags, --margin and --sample."""
+
+from dataclasses import replace
+
+import metric_kd.distill  # noqa: F401 (registers the methods)
+from metric_kd.cli.config import DistillConfig, RunConfig, TrainConfig
+from metric_kd.errors import UserError
+from metric_kd.losses.objective import LossSpec, option_names, parse_loss
+from metric_kd.losses.samplers import SAMPLERS
+
+
+def fold(config: RunConfig) -> RunConfig:
+    """The same config with its whole objective in ``loss``, in the one canonical spelling.
+
+    Folding twice changes nothing, so that a saved config.yaml means what its run did.
+    """
+    losses = [parse_loss(text) for text in config.loss or []]
+    if isinstance(config, TrainConfig):
+        losses = losses or [parse_loss("l2_triplet")]
+        defaults = {"margin": config.margin, "sample": config.sample}
+        return replace(config, loss=[str(_with_defaults(loss, defaults)) for loss in losses])
+    assert isinstance(config, DistillConfig)
+    losses += [loss for loss in _from_ratios(config) if loss.weight != 0]
+    if not any(loss.weight for loss in losses):
+        raise UserError(
+            "nothing to learn from: give --dist_ratio 1 --angle_ratio 2, or any --loss name:weight (`metric-kd list methods`)."
+        )
+    folded = {key: 0.0 for key in ("triplet_ratio", "dist_ratio", "angle_ratio", "dark_ratio", "at_ratio", "fitnet_ratio")}
+    defaults = {"margin": config.triplet_margin, "sample": config.triplet_sample}
+    return replace(config, loss=[str(_with_defaults(loss, defaults)) for loss in losses], **folded)
+
+
+def losses_of(config: RunConfig) -> list[LossSpec]:
+    """The objective of a folded config."""
+    return [parse_loss(text) for text in config.loss or []]
+
+
+def _with_defaults(loss: LossSpec, defaults: dict[str, object]) -> LossSpec:
+    known = option_names(loss.name)
+    options = {key: value for key, value in defaults.items() if key in known} | loss.options
+    if "sample" in options:
+        SAMPLERS.canonical(str(options["sample"]))
+    return loss._replace(options=options)
+
+
+def _from_ratios(config: DistillConfig) -> list[LossSpec]:
+    return [
+        LossSpec("l2_triplet", config.triplet_ratio, {}),
+        LossSpec("rkd_distance", config.dist_ratio, {}),
+        LossSpec("rkd_angle", config.angle_ratio, {}),
+        LossSpec("dark_rank", config.dark_ratio, {"alpha": config.dark_alpha, "beta": config.dark_beta}),
+        LossSpec("at", config.at_ratio, {"reduction": "sum"}),
+        LossSpec("fitnet", config.fitnet_ratio, {}),
+    ]

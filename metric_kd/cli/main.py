@@ -1,0 +1,54 @@
+"""The console script, and what turns an exception into a sentence and an exit status."""
+
+import importlib
+import sys
+from collections.abc import Callable, Sequence
+
+from metric_kd.errors import UserError, one_of
+
+COMMANDS = {
+    "train": "train an embedding network (run.py)",
+    "eval": "Recall@K of a checkpoint on unseen classes",
+    "distill": "distil a teacher into a student (run_distill.py)",
+    "embed": "write the embeddings of a folder of images",
+    "list": "names of datasets, backbones, samplers, losses or methods",
+}
+_MODULES = {"eval": "evaluate", "list": "listing"}
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """`metric-kd COMMAND ...`: 0 done, 2 bad input, 130 or 143 stopped by a signal after saving."""
+    arguments = sys.argv[1:] if arguments is None else list(arguments)
+    if not arguments or arguments[0] in ("-h", "--help"):
+        width = max(map(len, COMMANDS))
+        print("usage: metric-kd COMMAND [flags]; metric-kd COMMAND --help\n")
+        print("\n".join(f"  {name:{width}}  {text}" for name, text in COMMANDS.items()))
+        return 0
+
+    def command(rest: Sequence[str], program: str | None) -> int:
+        if arguments[0] not in COMMANDS:
+            raise one_of("command", arguments[0], list(COMMANDS))
+        module = importlib.import_module(f"metric_kd.cli.{_MODULES.get(arguments[0], arguments[0])}")
+        return int(module.main(rest, program))
+
+    return run(command, arguments[1:], f"metric-kd {arguments[0]}")
+
+
+def run(command: Callable[[Sequence[str], str | None], int], arguments: Sequence[str], program: str) -> int:
+    """Run a command; bad input becomes one sentence on standard error and status 2."""
+    from metric_kd import distributed
+    from metric_kd.engine.trainer import Interrupted
+
+    try:
+        return command(arguments, program)
+    except UserError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 2
+    except Interrupted as stop:
+        print(f"stopped by {stop}; everything is saved, the same command goes on.", file=sys.stderr)
+        return 128 + stop.signum
+    except KeyboardInterrupt:
+        print("stopped; the same command goes on from the last checkpoint.", file=sys.stderr)
+        return 130
+    finally:
+        distributed.stop()

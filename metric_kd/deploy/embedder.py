@@ -1,0 +1,103 @@
+"""Embedder: a trained network for someone who only wants vectors."""
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+from tqdm import tqdm
+
+from metric_kd.data.decode import decode
+from metric_kd.data.transforms import Geometry, resize
+from metric_kd.engine.checkpoint import find_checkpoint, read_checkpoint
+from metric_kd.engine.tasks import autocast
+from metric_kd.errors import UserError
+from metric_kd.models.network import Network, NetworkSpec, build_network, load_weights
+
+
+class Embedder:
+    """A network in eval mode with the test view of its training: resize, centre crop, its own normalisation."""
+
+    def __init__(self, network: Network, device: "torch.device | str" = "cpu", precision: str = "fp32"):
+        self.device = torch.device(device)
+        self.network = network.to(self.device).eval().requires_grad_(False)
+        self.precision = precision
+        assert network.spec.input_size is not None
+        self.geometry = Geometry(input_size=network.spec.input_size, flip=False)
+
+    def embed(self, images: Any, batch: int = 64, progress: bool = False) -> np.ndarray:
+        """(N, D) float32 embeddings of N images.
+
+        images: file names, PIL images or (H, W, 3) uint8 arrays, mixed as you like, or one (N, 3, H, W) uint8 tensor or
+        (N, H, W, 3) uint8 array. Raises ``UserError`` for an unreadable file (named) and for anything else.
+        """
+        if isinstance(images, str | Path):
+            images = [images]
+        count = len(images)
+        vectors: list[np.ndarray] = []
+        starts = range(0, count, batch)
+        for start in tqdm(starts, desc="embedding", unit="batch", disable=not progress, leave=False):
+            views = torch.stack([self._view(image) for image in images[start : start + batch]])
+            with torch.inference_mode(), autocast(self.device, self.precision):
+                output = self.network(views.to(self.device), want=("embedding",))
+            assert output.embedding is not None
+            vectors.append(output.embedding.float().cpu().numpy())
+        if not vectors:
+            return np.empty((0, 0), dtype=np.float32)
+        return np.concatenate(vectors)
+
+    def _view(self, image: Any) -> Tensor:
+        pixels = _pixels(image)
+        height, width = pixels.shape[1:]
+        if not self.geometry.keeps(height, width):
+            pixels = resize(pixels[None], self.geometry.side)[0]
+        side, size = pixels.shape[-1], self.geometry.crop
+        corner = (side - size) // 2
+        return pixels[:, corner : corner + size, corner : corner + size]
+
+
+def _pixels(image: Any) -> Tensor:
+    """(3, H, W) uint8."""
+    if isinstance(image, str | Path):
+        return decode(str(image))
+    if isinstance(image, Tensor):
+        pixels = image
+    else:
+        array = np.array(image.convert("RGB")) if hasattr(image, "convert") else np.asarray(image)
+        if array.ndim != 3 or array.shape[-1] != 3:
+            raise UserError(f"an image array has shape (H, W, 3), got {array.shape}; convert it to RGB.")
+        pixels = torch.from_numpy(np.ascontiguousarray(array)).permute(2, 0, 1)
+    if pixels.dtype != torch.uint8 or pixels.ndim != 3 or pixels.shape[0] != 3:
+        raise UserError(f"an image tensor is (3, H, W) uint8, got {tuple(pixels.shape)} {pixels.dtype}; convert it.")
+    return pixels
+
+
+def load(run_or_checkpoint: "str | Path", device: str = "cpu", precision: str = "fp32") -> Embedder:
+    """The network of a run directory or checkpoint, ready to embed: ``metric_kd.load("runs/x").embed(["a.jpg"])``.
+
+    Raises ``UserError`` where the file is missing, damaged, or a plain state dict, which does not describe its network.
+    """
+    content = read_checkpoint(run_or_checkpoint)
+    if "network" not in content:
+        raise UserError(
+            f"{find_checkpoint(run_or_checkpoint)} is a plain state dict, which does not say what network it belongs to; "
+            "evaluate it with run.py --mode eval and its flags, or build_network and load_weights."
+        )
+    network = build_network(NetworkSpec.from_dict(content["network"]))
+    load_weights(network, content["model"], strict=True)
+    return Embedder(network, device, precision)
+
+
+def images_in(folder: "str | Sequence[str]") -> Sequence[str]:
+    """The image files below a folder, sorted."""
+    from metric_kd.data.decode import EXTENSIONS
+
+    root = Path(str(folder))
+    if not root.is_dir():
+        raise UserError(f"--images {root} is no folder; give one that holds images.")
+    found = sorted(str(p) for p in root.rglob("*") if p.suffix.lower() in EXTENSIONS and not p.name.startswith("."))
+    if not found:
+        raise UserError(f"--images {root} holds no images; give another folder.")
+    return found

@@ -1,0 +1,84 @@
+"""What a run says while it trains: running means on the device, one JSON line per epoch, TensorBoard if installed."""
+
+from pathlib import Path
+from typing import Any, Protocol
+
+import torch
+from torch import Tensor
+
+from metric_kd.errors import UserError
+
+
+class Observer(Protocol):
+    """Told of every finished epoch; a command hands the trainer a list of them."""
+
+    def epoch_end(self, record: dict[str, Any]) -> None: ...
+
+
+class RunningLosses:
+    """Sums of the losses of an epoch and the first step at which each was not finite.
+
+    Everything stays on the device until :meth:`means` or :meth:`check`, so that a step never waits for the device.
+    """
+
+    def __init__(self, names: list[str], device: torch.device):
+        self.names = [*names, "the sum of losses"]
+        self.sums = torch.zeros(len(self.names), dtype=torch.float64, device=device)
+        self.count = 0
+        self.first_bad = torch.full((len(self.names),), -1, dtype=torch.int64, device=device)
+
+    def add(self, total: Tensor, values: dict[str, Tensor], step: int) -> None:
+        now = torch.stack([*values.values(), total.detach()]).double()
+        bad = ~torch.isfinite(now) & (self.first_bad < 0)
+        self.first_bad = torch.where(bad, step, self.first_bad)
+        self.sums += now
+        self.count += 1
+
+    def check(self, save_dir: Path) -> None:
+        """Raise ``UserError`` where some term was not finite, naming the earliest term and step."""
+        first = [(step, name) for name, step in zip(self.names, self.first_bad.tolist(), strict=True) if step >= 0]
+        if first:
+            step, name = min(first, key=lambda pair: (pair[0], self.names.index(pair[1])))
+            raise UserError(
+                f"loss {name!r} was not finite at step {step}; lower --lr or set --clip_norm "
+                f"(the last good checkpoint is kept in {save_dir})."
+            )
+
+    def means(self) -> dict[str, float]:
+        values = (self.sums / max(self.count, 1)).tolist()
+        return dict(zip([*self.names[:-1], "loss"], values, strict=True))
+
+    def reset(self) -> None:
+        self.sums.zero_()
+        self.count = 0
+
+    def state(self) -> dict[str, Any]:
+        return {"sums": self.sums.cpu(), "count": self.count}
+
+    def restore(self, state: dict[str, Any]) -> None:
+        self.sums.copy_(state["sums"])
+        self.count = state["count"]
+
+
+class TensorBoard:
+    """Writes the numbers of every epoch for TensorBoard; made by :meth:`if_installed`."""
+
+    def __init__(self, writer: Any):
+        self.writer = writer
+
+    @classmethod
+    def if_installed(cls, folder: Path, purge_step: int) -> "TensorBoard | None":
+        try:
+            from torch.utils.tensorboard import SummaryWriter
+        except ImportError:
+            return None
+        return cls(SummaryWriter(str(folder), purge_step=purge_step))
+
+    def epoch_end(self, record: dict[str, Any]) -> None:
+        for key, value in record.items():
+            if isinstance(value, dict):
+                for name, part in value.items():
+                    self.writer.add_scalar(f"{key}/{name}", part, record["epoch"])
+            elif isinstance(value, int | float) and key != "epoch":
+                self.writer.add_scalar(key, value, record["epoch"])
+        self.writer.flush()

@@ -1,0 +1,64 @@
+"""The optimiser and the learning rate of a run: pure functions of its settings."""
+
+import math
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import nn
+
+OPTIMIZERS = ("adam", "adamw", "sgd")
+SCHEDULES = ("step", "cosine")
+PRECISIONS = ("fp32", "bf16", "fp16")
+
+
+@dataclass(frozen=True)
+class Settings:
+    """How long, how fast and how precisely to train.
+
+    lr_decay_epochs: epochs (counted from 1) from which on the rate is multiplied by lr_decay_gamma once more; warmup:
+    epochs of linear warm-up; clip_norm: largest gradient norm, 0 for none; save_minutes: checkpoint at least this often.
+    """
+
+    epochs: int
+    iterations: int
+    lr: float
+    optimizer: str = "adam"
+    weight_decay: float = 1e-5
+    schedule: str = "step"
+    lr_decay_epochs: Sequence[int] = ()
+    lr_decay_gamma: float = 0.1
+    warmup: float = 0.0
+    clip_norm: float = 0.0
+    freeze_bn: bool = False
+    precision: str = "fp32"
+    seed: int = 0
+    save_minutes: float = 10.0
+    log_interval: int = 20
+
+
+def learning_rate(settings: Settings, epoch: int, iteration: int) -> float:
+    """The rate of a step: ``epoch`` counts from 1, ``iteration`` from 0 within it.
+
+    step: lr * gamma^(number of milestones <= epoch). The seed steps its schedule before the epoch, so milestone m
+    takes effect in epoch m itself, not in m + 1. cosine: lr * (1 + cos(pi * progress)) / 2 after the warm-up.
+    """
+    done = epoch - 1 + iteration / max(settings.iterations, 1)
+    if done < settings.warmup:
+        return settings.lr * (done + 1 / max(settings.iterations, 1)) / (settings.warmup + 1 / max(settings.iterations, 1))
+    if settings.schedule == "cosine":
+        progress = (done - settings.warmup) / max(settings.epochs - settings.warmup, 1e-9)
+        return settings.lr * 0.5 * (1 + math.cos(math.pi * min(progress, 1.0)))
+    return settings.lr * settings.lr_decay_gamma ** sum(epoch >= milestone for milestone in settings.lr_decay_epochs)
+
+
+def make_optimizer(settings: Settings, parameters: Iterable[nn.Parameter]) -> torch.optim.Optimizer:
+    """Fused Adam, AdamW or SGD (momentum 0.9, Nesterov) over the trainable parameters."""
+    trained = [p for p in parameters if p.requires_grad]
+    if settings.optimizer == "adam":
+        return torch.optim.Adam(trained, settings.lr, weight_decay=settings.weight_decay, fused=True)
+    if settings.optimizer == "adamw":
+        return torch.optim.AdamW(trained, settings.lr, weight_decay=settings.weight_decay, fused=True)
+    return torch.optim.SGD(
+        trained, settings.lr, momentum=0.9, nesterov=True, weight_decay=settings.weight_decay, fused=True
+    )

@@ -1,0 +1,68 @@
+"""Random states and the facts about a machine on which bit-equal repetition depends."""
+
+import platform
+import random
+from typing import Any
+
+import numpy as np
+import torch
+
+from metric_kd.distributed import world_size
+
+
+def seed_step(seed: int, step: int, rank: int) -> None:
+    """Seed every generator for one step.
+
+    What a step draws then depends on (seed, step, rank) alone, so that a run resumed anywhere repeats it, whatever was
+    drawn in between by loaders or evaluation.
+    """
+    value = int(np.random.SeedSequence([seed, step, rank]).generate_state(1, np.uint64)[0] >> np.uint64(1))
+    torch.manual_seed(value)
+    random.seed(value)
+    np.random.seed(value % 2**32)
+
+
+def random_states() -> dict[str, Any]:
+    """The state of all generators, as tensors and plain values."""
+    name, keys, position, has_gauss, gauss = np.random.get_state(legacy=True)  # type: ignore[misc]
+    return {
+        "torch": torch.get_rng_state(),
+        "cuda": torch.cuda.get_rng_state_all() if torch.cuda.is_available() else [],
+        "numpy": [name, [int(k) for k in keys], int(position), int(has_gauss), float(gauss)],
+        "python": random.getstate(),
+    }
+
+
+def restore_random_states(states: dict[str, Any]) -> None:
+    torch.set_rng_state(states["torch"])
+    if states["cuda"] and torch.cuda.is_available() and len(states["cuda"]) == torch.cuda.device_count():
+        torch.cuda.set_rng_state_all(states["cuda"])
+    name, keys, position, has_gauss, gauss = states["numpy"]
+    np.random.set_state((name, np.array(keys, dtype=np.uint32), position, has_gauss, gauss))
+    version, internal, gauss_next = states["python"]
+    random.setstate((version, tuple(internal), gauss_next))
+
+
+def environment(device: torch.device) -> dict[str, Any]:
+    """Versions, threads and device: equal environments give bit-equal runs."""
+    import metric_kd
+
+    return {
+        "metric_kd": metric_kd.__version__,
+        "python": platform.python_version(),
+        "torch": str(torch.__version__),
+        "numpy": np.__version__,
+        "device": torch.cuda.get_device_name(device) if device.type == "cuda" else platform.machine(),
+        "threads": torch.get_num_threads(),
+        "processes": world_size(),
+        "cpu_capability": torch.backends.cpu.get_cpu_capability(),
+    }
+
+
+def deterministic_algorithms() -> None:
+    """Make CUDA repeat itself bit for bit, at some cost in speed."""
+    import os
+
+    os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
+    torch.use_deterministic_algorithms(True)
+    torch.backends.cudnn.benchmark = False

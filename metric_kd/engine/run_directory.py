@@ -1,0 +1,123 @@
+"""One run, one directory: what lies in it, who may write it, and what a second start finds there."""
+
+import contextlib
+import fcntl
+import json
+import os
+import tempfile
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from metric_kd.engine.checkpoint import write_text
+from metric_kd.errors import UserError
+
+RESUMABLE_KEYS = frozenset({"epochs", "workers", "device", "save_minutes", "resume", "dry_run", "save_dir", "plugins"})
+"""Config keys that may differ between the start of a run and its continuation."""
+
+
+class RunDirectory:
+    """The files of one run under ``path``; nothing is created before :meth:`open`."""
+
+    def __init__(self, path: "Path | str"):
+        self.path = Path(path)
+        self.config = self.path / "config.yaml"
+        self.metrics = self.path / "metrics.jsonl"
+        self.result = self.path / "result.txt"
+        self.best = self.path / "best.pth"
+        self.last = self.path / "last.pth"
+        self.card = self.path / "card.json"
+
+    def check_writable(self) -> None:
+        """Raise ``UserError`` where the directory could not be written, leaving nothing behind."""
+        if self.path.exists() and not self.path.is_dir():
+            raise UserError(f"--save_dir {self.path} is a file; give a folder.")
+        existing = next(p for p in (self.path, *self.path.absolute().parents) if p.exists())
+        try:
+            with tempfile.TemporaryFile(dir=existing):
+                pass
+        except OSError as error:
+            raise UserError(f"--save_dir {self.path} is not writable ({error.strerror}); choose another folder.") from error
+
+    def check_config(self, config: dict[str, Any]) -> None:
+        """Refuse to continue a run that was started with another config, naming the first differing key."""
+        stored = self.stored_config()
+        if stored is None:
+            return
+        for key in [*config, *(k for k in stored if k not in config)]:
+            if key not in RESUMABLE_KEYS and stored.get(key) != config.get(key):
+                raise UserError(
+                    f"{self.path} holds a run with {key} {stored.get(key)!r}, this one has {config.get(key)!r}; "
+                    "give another --save_dir, the same flags, or --resume never to start over."
+                )
+        if "epochs" in stored and config["epochs"] < stored["epochs"] and self.result.exists():
+            raise UserError(
+                f"{self.path} holds a finished run of {stored['epochs']} epochs, more than --epochs {config['epochs']}; "
+                "give another --save_dir."
+            )
+
+    def stored_config(self) -> dict[str, Any] | None:
+        if not self.config.is_file():
+            return None
+        content = yaml.safe_load(self.config.read_text())
+        return content if isinstance(content, dict) else None
+
+    def open(self, config: dict[str, Any]) -> None:
+        """Create the directory and write its config."""
+        self.path.mkdir(parents=True, exist_ok=True)
+        write_text(self.config, yaml.safe_dump(config, sort_keys=False))
+
+    def clear(self) -> None:
+        """Forget an earlier run in the same directory; other files stay."""
+        for file in (self.config, self.metrics, self.result, self.best, self.last, self.card):
+            file.unlink(missing_ok=True)
+
+    @contextlib.contextmanager
+    def locked(self) -> Iterator[None]:
+        """Hold the directory for one process; a second one is refused. The lock dies with its process."""
+        self.path.mkdir(parents=True, exist_ok=True)
+        handle = os.open(self.path / ".lock", os.O_CREAT | os.O_RDWR)
+        try:
+            try:
+                fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            except OSError as error:
+                raise UserError(f"another process is writing {self.path}; wait for it or give another --save_dir.") from error
+            yield
+        finally:
+            os.close(handle)
+
+    def finished(self, epochs: int) -> str | None:
+        """The text of result.txt where the run has reached this many epochs, else None."""
+        if not (self.result.is_file() and self.best.is_file() and self.card.is_file()):
+            return None
+        return self.result.read_text().rstrip() if self.card_content().get("epochs", 0) >= epochs else None
+
+    def card_content(self) -> dict[str, Any]:
+        content = json.loads(self.card.read_text())
+        return content if isinstance(content, dict) else {}
+
+    def append_metrics(self, record: dict[str, Any]) -> None:
+        """Add one line for an epoch and flush it to the disk."""
+        with self.metrics.open("a") as file:
+            file.write(json.dumps(record) + "\n")
+            file.flush()
+            os.fsync(file.fileno())
+
+    def history(self) -> list[dict[str, Any]]:
+        """The lines of metrics.jsonl; a line that a crash cut short is left out."""
+        records = []
+        if self.metrics.is_file():
+            for line in self.metrics.read_text().splitlines():
+                try:
+                    records.append(json.loads(line))
+                except json.JSONDecodeError:
+                    break
+        return records
+
+    def cut_history(self, epoch: int) -> None:
+        """Drop the lines after ``epoch``: their epochs will run again."""
+        kept = [record for record in self.history() if record["epoch"] <= epoch]
+        if self.metrics.is_file():
+            write_text(self.metrics, "".join(json.dumps(record) + "\n" for record in kept))

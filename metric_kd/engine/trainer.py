@@ -1,0 +1,294 @@
+"""The trainer: sum the terms, step, save. It knows neither methods nor metrics, only a task and a callable."""
+
+import signal
+import time
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from types import FrameType
+from typing import Any, Protocol
+
+import numpy as np
+import torch
+from torch import nn
+from torch.nn.parallel import DistributedDataParallel
+from tqdm import tqdm
+
+from metric_kd import distributed
+from metric_kd.data.loading import ImageLoader
+from metric_kd.engine import reproducibility
+from metric_kd.engine.checkpoint import read_checkpoint, write_checkpoint
+from metric_kd.engine.logging import Observer, RunningLosses
+from metric_kd.engine.memory import batch_that_fits, is_out_of_memory
+from metric_kd.engine.optimisation import Settings, learning_rate, make_optimizer
+from metric_kd.engine.run_directory import RunDirectory
+from metric_kd.engine.tasks import Embedding
+from metric_kd.errors import UserError
+from metric_kd.types import Batch
+
+Evaluate = Callable[[nn.Module], dict[str, float]]
+
+
+class Interrupted(Exception):
+    """Ctrl-C or SIGTERM, after everything was saved."""
+
+    def __init__(self, signum: int):
+        super().__init__(signal.Signals(signum).name)
+        self.signum = signum
+
+
+class BatchSampler(Protocol):
+    """Which rows make up the batches of an epoch, for this rank; deterministic in the epoch."""
+
+    def epoch(self, epoch: int) -> list[np.ndarray]: ...
+
+
+class Trainer:
+    """Runs ``task`` over the epochs of ``settings``, saves whole checkpoints, and resumes bit for bit.
+
+    evaluate(network) -> metrics is called after every ``eval_every``-th epoch and after the last. ``select``: the metric
+    by which best.pth is chosen, or None for the network of the last epoch.
+    """
+
+    def __init__(
+        self,
+        task: Embedding,
+        settings: Settings,
+        run: RunDirectory,
+        loader: ImageLoader,
+        batches: BatchSampler,
+        device: torch.device,
+        *,
+        evaluate: Evaluate | None = None,
+        select: str | None = None,
+        eval_every: int = 1,
+        observers: Sequence[Observer] = (),
+        config: dict[str, Any] | None = None,
+    ):
+        self.task, self.settings, self.run, self.loader, self.batches = task, settings, run, loader, batches
+        self.device, self.evaluate, self.select, self.eval_every = device, evaluate, select, eval_every
+        self.observers, self.config = observers, config or {}
+        self.optimizer = make_optimizer(settings, task.parameters())
+        self.scaler = torch.amp.GradScaler(device.type, enabled=settings.precision == "fp16")
+        self.losses = RunningLosses(task.objective.names, device)
+        self.epoch, self.iteration, self.step = 1, 0, 0
+        self.best: dict[str, Any] = {}
+        self.seconds = 0.0
+        self.environment = reproducibility.environment(device)
+        self.module: nn.Module = task
+        self._signal = 0
+        self._saved_at = time.monotonic()
+
+    def fit(self) -> None:
+        """Train from the current position to the last epoch."""
+        self._wrap()
+        with self._signals():
+            while self.epoch <= self.settings.epochs:
+                started = time.monotonic()
+                self._train_epoch(started)
+                record = self._close_epoch(started)
+                for observer in self.observers if distributed.is_main() else ():
+                    observer.epoch_end(record)
+                self._stop_if_signalled()
+
+    def _wrap(self) -> None:
+        if distributed.world_size() > 1 and self.module is self.task:
+            ids = [self.device.index] if self.device.type == "cuda" else None
+            self.module = DistributedDataParallel(self.task, device_ids=ids, find_unused_parameters=True)
+
+    def _train_epoch(self, started: float) -> None:
+        self.task.train()
+        if self.settings.freeze_bn:
+            freeze_batch_norm(self.task.student)
+        order = self.batches.epoch(self.epoch)
+        todo = order[self.iteration :]
+        stream = tqdm(
+            self.loader.train(todo, self.epoch),
+            desc=f"epoch {self.epoch}/{self.settings.epochs}",
+            total=len(order),
+            initial=self.iteration,
+            disable=not distributed.is_main(),
+            leave=False,
+            mininterval=0.5,
+        )
+        for batch in stream:
+            self._step(batch.to(self.device))
+            self.iteration += 1
+            if self.step % self.settings.log_interval == 0:
+                self.losses.check(self.run.path)
+                stream.set_postfix(loss=f"{self.losses.means()['loss']:.4f}", refresh=False)
+            self._save_within_epoch(started)
+
+    def _save_within_epoch(self, started: float) -> None:
+        """Save where the clock or a signal asks for it; all ranks decide together."""
+        due = time.monotonic() - self._saved_at > 60 * self.settings.save_minutes
+        if distributed.world_size() == 1 or self.step % self.settings.log_interval == 0:
+            signalled = distributed.any_rank(bool(self._signal))
+            if signalled or distributed.from_main(due):
+                self.save(time.monotonic() - started)
+            if signalled:
+                raise Interrupted(self._signal or signal.SIGTERM)
+
+    def _step(self, batch: Batch) -> None:
+        rate = learning_rate(self.settings, self.epoch, self.iteration)
+        for group in self.optimizer.param_groups:
+            group["lr"] = rate
+        self.step += 1
+        reproducibility.seed_step(self.settings.seed, self.step, distributed.rank())
+        try:
+            total, values = self.module(batch)
+            self.optimizer.zero_grad(set_to_none=True)
+            self.scaler.scale(total).backward()
+            self._clip()
+            self.scaler.step(self.optimizer)
+            self.scaler.update()
+        except (RuntimeError, MemoryError) as error:
+            if not is_out_of_memory(error):
+                raise
+            message = batch_that_fits(self.task, batch, self.optimizer)
+            raise UserError(message) from None
+        self.losses.add(total, values, self.step)
+
+    def _clip(self) -> None:
+        if self.settings.clip_norm > 0:
+            self.scaler.unscale_(self.optimizer)
+            nn.utils.clip_grad_norm_(self.task.parameters(), self.settings.clip_norm)
+
+    def _close_epoch(self, started: float) -> dict[str, Any]:
+        self.losses.check(self.run.path)
+        means = self.losses.means()
+        record: dict[str, Any] = {
+            "epoch": self.epoch,
+            "step": self.step,
+            "loss": means.pop("loss"),
+            "losses": means,
+            "lr": learning_rate(self.settings, self.epoch, self.iteration),
+        }
+        due = self.epoch % self.eval_every == 0 or self.epoch == self.settings.epochs
+        if self.evaluate is not None and due:
+            metrics = self.evaluate(self.task.student) if distributed.is_main() else {}
+            metrics = distributed.from_main(metrics)
+            record.update(metrics)
+            if self.select is not None and metrics[self.select] > self.best.get(self.select, -1.0):
+                self.best = {"epoch": self.epoch, **metrics}
+                self._write_best(self.best)
+        elapsed = time.monotonic() - started
+        record["seconds"] = round(self.seconds + elapsed, 3)
+        self.losses.reset()
+        self.epoch, self.iteration, self.seconds = self.epoch + 1, 0, 0.0
+        if distributed.is_main():
+            self.run.append_metrics(record)
+            tqdm.write(epoch_line(record, self.settings.epochs))
+        self.save(0.0)
+        return record
+
+    def _write_best(self, metrics: dict[str, Any]) -> None:
+        if distributed.is_main():
+            self._check_finite()
+            write_checkpoint(self.run.best, {**self._network_state(), "metrics": metrics})
+
+    def finish(self, metrics: dict[str, float]) -> None:
+        """Write best.pth where the result is the network of the last epoch."""
+        if self.select is None:
+            self._write_best({"epoch": self.settings.epochs, **metrics})
+
+    def _network_state(self) -> dict[str, Any]:
+        return {"network": self.task.student.spec.to_dict(), "model": self.task.student.state_dict()}
+
+    def save(self, seconds: float) -> None:
+        """Write last.pth: everything that the rest of the run depends on."""
+        self.losses.check(self.run.path)
+        states = distributed.gather_objects(reproducibility.random_states())
+        if distributed.is_main():
+            self._check_finite()
+            write_checkpoint(
+                self.run.last,
+                {
+                    **self._network_state(),
+                    "objective": self.task.objective.state_dict(),
+                    "optimizer": self.optimizer.state_dict(),
+                    "scaler": self.scaler.state_dict(),
+                    "losses": self.losses.state(),
+                    "position": {"epoch": self.epoch, "iteration": self.iteration, "step": self.step},
+                    "seconds": self.seconds + seconds,
+                    "best": self.best,
+                    "random": states,
+                    "environment": self.environment,
+                    "config": self.config,
+                },
+            )
+        self._saved_at = time.monotonic()
+
+    def resume(self) -> bool:
+        """Continue from last.pth; False where there is none."""
+        if not self.run.last.is_file():
+            return False
+        state = read_checkpoint(self.run.last, "checkpoint")
+        stored = state["environment"]
+        for key, value in self.environment.items():
+            if stored.get(key) != value and distributed.is_main():
+                tqdm.write(
+                    f"warning: {self.run.last} was written with {key} {stored.get(key)}, this is {value}; "
+                    "the result may differ in the last bits."
+                )
+        self.task.student.load_state_dict(state["model"])
+        self.task.objective.load_state_dict(state["objective"])
+        self.optimizer.load_state_dict(state["optimizer"])
+        self.scaler.load_state_dict(state["scaler"])
+        self.losses.restore(state["losses"])
+        position = state["position"]
+        self.epoch, self.iteration, self.step = position["epoch"], position["iteration"], position["step"]
+        self.seconds, self.best = state["seconds"], state["best"]
+        if len(state["random"]) == distributed.world_size():
+            reproducibility.restore_random_states(state["random"][distributed.rank()])
+        if distributed.is_main():
+            self.run.cut_history(self.epoch - 1)
+        return True
+
+    def _check_finite(self) -> None:
+        """Never save weights that are not finite: the last good checkpoint stays."""
+        for name, tensor in self.task.state_dict().items():
+            if tensor.is_floating_point() and not bool(torch.isfinite(tensor).all()):
+                raise UserError(
+                    f"weight {name!r} was not finite at step {self.step}; lower --lr or set --clip_norm "
+                    f"(the last good checkpoint is kept in {self.run.path})."
+                )
+
+    @contextmanager
+    def _signals(self) -> Iterator[None]:
+        """First Ctrl-C or SIGTERM: finish the step, save, stop. A second Ctrl-C stops at once."""
+
+        def note(signum: int, frame: FrameType | None) -> None:
+            if self._signal and signum == signal.SIGINT:
+                raise KeyboardInterrupt
+            self._signal = signum
+
+        try:
+            previous = {s: signal.signal(s, note) for s in (signal.SIGINT, signal.SIGTERM)}
+        except ValueError:  # not in the main thread: the caller's affair
+            previous = {}
+        try:
+            yield
+        finally:
+            for signum, handler in previous.items():
+                signal.signal(signum, handler)
+
+    def _stop_if_signalled(self) -> None:
+        """After an epoch, which was saved."""
+        if distributed.any_rank(bool(self._signal)):
+            raise Interrupted(self._signal or signal.SIGTERM)
+
+
+def freeze_batch_norm(network: nn.Module) -> None:
+    """Use, and do not update, the running statistics of batch normalisation."""
+    for module in network.modules():
+        if isinstance(module, nn.modules.batchnorm._BatchNorm):
+            module.eval()
+
+
+def epoch_line(record: dict[str, Any], epochs: int) -> str:
+    """One honest line per epoch."""
+    metrics = [f"{key} {100 * value:.2f}" for key, value in record.items() if "recall@" in key]
+    parts = [f"{name} {value:.4f}" for name, value in record["losses"].items()]
+    return "  ".join(
+        [f"epoch {record['epoch']}/{epochs}", f"loss {record['loss']:.4f}", *parts, *metrics, f"{record['seconds']:.1f} s"]
+    )

@@ -1,0 +1,154 @@
+"""Bad input: one sentence that says what to do, exit status 2, nothing written."""
+
+import os
+import shutil
+from pathlib import Path
+
+import pytest
+import torch
+from conftest import TINY, command, write_images
+
+from metric_kd.cli.distill import main as distill
+from metric_kd.cli.main import main as metric_kd
+from metric_kd.cli.main import run as run_command
+from metric_kd.cli.train import main as train
+
+
+def refusal(main, flags, capsys) -> str:
+    """The one sentence of a refused command."""
+    assert run_command(main, [str(f) for f in flags], "run.py") == 2
+    text = capsys.readouterr().err.strip().splitlines()[-1]
+    assert text.startswith("error: ")
+    return text
+
+
+@pytest.fixture
+def refused(tmp_path, image_folder, capsys):
+    """Call with flags; gives the sentence, and checks that no run directory appeared."""
+
+    def call(*flags, main=train, data=image_folder) -> str:
+        run = tmp_path / "never"
+        text = refusal(main, [*TINY, "--data", data, "--save_dir", run, *flags], capsys)
+        assert not run.exists()
+        return text
+
+    return call
+
+
+def test_missing_and_empty_data(refused, tmp_path):
+    assert "nowhere" in refused(data=tmp_path / "nowhere")
+    (tmp_path / "empty").mkdir()
+    assert "empty" in refused(data=tmp_path / "empty")
+
+
+def test_a_class_with_one_image(refused, tmp_path):
+    data = write_images(tmp_path / "few", 4, 4)
+    for file in sorted((data / "class00").iterdir())[1:]:
+        file.unlink()
+    assert "class00" in refused(data=data)
+
+
+def test_unreadable_image_is_named_or_skipped(refused, tmp_path, capsys):
+    data = write_images(tmp_path / "broken", 6, 6)
+    (data / "class01" / "03.png").write_bytes(b"\x89PNG\r\n\x1a\n broken")
+    assert "03.png" in refused(data=data)
+    assert train([*TINY, "--data", str(data), "--save_dir", str(tmp_path / "run"), "--skip_unreadable", "true"]) == 0
+    assert "skipped 1 unreadable" in capsys.readouterr().out
+
+
+def test_teachers(refused, tmp_path, teacher_run):
+    assert "a teacher is needed" in refused("--dist_ratio", 1, main=distill)
+    assert "does not exist" in refused("--dist_ratio", 1, "--teacher_load", tmp_path / "none.pth", main=distill)
+    cut = tmp_path / "cut.pth"
+    cut.write_bytes((teacher_run / "best.pth").read_bytes()[:5000])
+    assert "cut.pth" in refused("--dist_ratio", 1, "--teacher_load", cut, main=distill)
+    wrong = refused("--dist_ratio", 1, "--teacher_load", teacher_run, "--teacher_base", "resnet14", main=distill)
+    assert "resnet8" in wrong and "resnet14" in wrong
+    plain = tmp_path / "plain.pth"
+    torch.save(torch.load(teacher_run / "best.pth", weights_only=True)["model"], plain)
+    other = refused(
+        "--dist_ratio", 1, "--teacher_load", plain, "--teacher_base", "resnet14", "--teacher_embedding_size", 16, main=distill
+    )
+    assert "plain.pth" in other and "does not fit" in other
+
+
+def test_a_plain_state_dict_of_the_references_layout_is_a_teacher(teacher_run, tmp_path, image_folder):
+    plain = tmp_path / "plain.pth"
+    state = torch.load(teacher_run / "best.pth", weights_only=True)["model"]
+    assert {key.split(".")[0] for key in state} == {"base", "linear"}
+    torch.save(state, plain)
+    flags = [*TINY, "--data", image_folder, "--save_dir", tmp_path / "run", "--dist_ratio", 1, "--teacher_load", plain]
+    flags += ["--teacher_base", "resnet8:stem_stride=2", "--teacher_embedding_size", 16]
+    assert distill([str(f) for f in flags]) == 0
+
+
+def test_batches_and_recall(refused):
+    assert "two classes" in refused("--batch", 3)
+    assert "--recall" in refused("--recall", 0)
+    assert "gallery" in refused("--recall", 1, 1000)
+
+
+def test_relational_losses_need_a_teacher_and_vice_versa(refused):
+    assert "run_distill.py" in refused("--loss", "rkd_angle:1")
+    assert "weight zero" in refused("--loss", "l2_triplet:0")
+
+
+@pytest.mark.skipif(os.geteuid() == 0, reason="root may write anywhere")
+def test_save_dir_without_permission(refused, tmp_path):
+    (tmp_path / "locked").mkdir(mode=0o500)
+    assert "not writable" in refused("--save_dir", tmp_path / "locked" / "run")
+
+
+def test_save_dir_is_a_file(refused, tmp_path):
+    (tmp_path / "file").touch()
+    assert "is a file" in refused("--save_dir", tmp_path / "file")
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="this machine has CUDA")
+def test_cuda_asked_for_and_absent(refused):
+    assert "no CUDA device" in refused("--device", "cuda")
+
+
+def test_names_get_suggestions(refused):
+    assert "did you mean 'resnet" in refused("--base", "resnet2O")
+    assert "did you mean 'folder'" in refused("--dataset", "foldr")
+    assert "did you mean" in refused("--sample", "hrd")
+
+
+def test_pretrained_true_where_there_is_none(refused):
+    assert "resnet8" in refused("--pretrained", "true")
+
+
+def test_commands(capsys):
+    assert metric_kd(["trian"]) == 2
+    assert "did you mean 'train'" in capsys.readouterr().err
+    assert metric_kd([]) == 0
+    for kind in ("datasets", "backbones", "samplers", "losses", "methods"):
+        assert metric_kd(["list", kind]) == 0
+    listed = capsys.readouterr().out.split()
+    assert {"cub200", "glyphs", "resnet50", "distance", "l2_triplet", "rkd_angle", "wrn_16_2", "vit_b_16"} <= set(listed)
+    assert metric_kd(["list", "loses"]) == 2
+
+
+def test_a_script_prints_one_line_and_exits_with_2(tmp_path):
+    done = command("run.py", "--dataset", "folder", "--data", tmp_path / "x", "--base", "resnet8", cwd=tmp_path)
+    assert done.returncode == 2 and done.stderr.strip().count("\n") == 0 and "Traceback" not in done.stderr
+    assert not Path(tmp_path / "runs").exists()
+
+
+def test_dry_run_measures_and_writes_nothing(tmp_path, image_folder, teacher_run, capfd):
+    flags = [*TINY, "--data", str(image_folder), "--save_dir", str(tmp_path / "run"), "--dry_run", "true"]
+    assert train(flags) == 0
+    text = capfd.readouterr().out
+    assert "one step" in text and "MiB" in text and not (tmp_path / "run").exists()
+    assert distill([*flags, "--teacher_load", str(teacher_run), "--dist_ratio", "1"]) == 0
+    assert run_command(distill, [*flags, "--dist_ratio", "1", "--teacher_load", "none"], "x") == 2
+
+
+def test_disk_content_survives_refusals(tmp_path, image_folder, capsys):
+    run = tmp_path / "run"
+    train([*TINY, "--data", str(image_folder), "--save_dir", str(run)])
+    before = {p.name: p.read_bytes() for p in run.iterdir() if p.is_file()}
+    refusal(train, [*TINY, "--data", image_folder, "--save_dir", run, "--lr", "0.5"], capsys)
+    assert before == {p.name: p.read_bytes() for p in run.iterdir() if p.is_file()}
+    shutil.rmtree(run)

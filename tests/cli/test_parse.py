@@ -1,0 +1,135 @@
+"""Flags, YAML and presets become one config; unknown keys are refused with a suggestion."""
+
+import pytest
+
+from metric_kd.cli.config import TrainConfig, default_save_dir
+from metric_kd.cli.losses import fold
+from metric_kd.cli.parse import parse, presets
+from metric_kd.errors import UserError
+
+TEACHER = (
+    "--mode train --dataset cub200 --base resnet50 --sample distance --margin 0.2 --embedding_size 512 --save_dir teacher"
+)
+STUDENT = (
+    "--dataset cub200 --base resnet18 --embedding_size 64 --l2normalize false --teacher_base resnet50 "
+    "--teacher_embedding_size 512 --teacher_load teacher/best.pth --dist_ratio 1 --angle_ratio 2 --save_dir student"
+)
+
+
+def test_the_seeds_teacher_command_and_defaults():
+    config = parse("train", TEACHER.split()).config
+    assert (config.sample, config.margin, config.embedding_size, config.base) == ("distance", 0.2, 512, "resnet50")
+    assert (config.lr, config.batch, config.num_image_per_class) == (1e-5, 64, 5)
+    assert (config.lr_decay_epochs, config.lr_decay_gamma) == ([25, 30, 35], 0.5)
+    assert (config.epochs, config.iter_per_epoch, config.recall, config.seed) == (40, 100, [1], 0)
+    assert parse("train", []).config.dataset == "cub200"
+    assert fold(config).loss == ["l2_triplet:1,margin=0.2,sample=distance"]
+
+
+def test_the_seeds_student_command_and_defaults():
+    config = fold(parse("distill", STUDENT.split()).config)
+    assert config.l2normalize is False and config.teacher_l2normalize is True
+    assert (config.lr, config.epochs, config.lr_decay_epochs, config.lr_decay_gamma) == (1e-4, 80, [40, 60], 0.1)
+    assert config.loss == ["rkd_distance:1", "rkd_angle:2"]
+    assert fold(config).loss == config.loss, "folding twice must not double the losses"
+
+
+def test_ratio_flags_are_spellings_of_loss():
+    flags = "--triplet_ratio 1 --triplet_margin 0.3 --dark_ratio 2 --dark_alpha 4 --at_ratio 3 --fitnet_ratio 5".split()
+    assert fold(parse("distill", flags).config).loss == [
+        "l2_triplet:1,margin=0.3,sample=distance",
+        "dark_rank:2,alpha=4.0,beta=3.0",
+        "at:3,reduction=sum",
+        "fitnet:5",
+    ]
+
+
+def test_lists_are_space_separated_and_both_spellings_work():
+    config = parse("train", "--lr-decay-epochs 3 4 5 --recall 1 2 4 8 --save-dir a-b".split()).config
+    assert (config.lr_decay_epochs, config.recall, config.save_dir) == ([3, 4, 5], [1, 2, 4, 8], "a-b")
+
+
+@pytest.mark.parametrize("flag, hint", [("--lr_decay_epoch", "--lr_decay_epochs"), ("--bach", "--batch"), ("--lr_d", "")])
+def test_no_abbreviations_and_unknown_flags_get_a_suggestion(flag, hint):
+    with pytest.raises(UserError, match="unknown flag") as error:
+        parse("train", [flag, "3"])
+    assert hint in str(error.value)
+
+
+@pytest.mark.parametrize(
+    "flags, word", [("--lr fast", "--lr"), ("--optimizer adamx", "--optimizer"), ("--recall one", "--recall")]
+)
+def test_wrong_values_name_the_flag_in_one_line(flags, word):
+    with pytest.raises(UserError) as error:
+        parse("train", flags.split())
+    assert word in str(error.value) and "\n" not in str(error.value)
+
+
+def test_yaml_then_flags_win(tmp_path):
+    file = tmp_path / "c.yaml"
+    file.write_text("lr: 1e-3\nlr-decay-epochs: [7]\nloss:\n- {name: contrastive, weight: 2, margin: 0.5}\n")
+    parsed = parse("train", ["--config", str(file)])
+    assert (parsed.config.lr, parsed.config.lr_decay_epochs) == (1e-3, [7])
+    assert fold(parsed.config).loss == ["contrastive:2,margin=0.5,sample=all"]
+    assert {"lr", "lr_decay_epochs", "loss"} <= parsed.given
+    config = parse("train", ["--config", str(file), "--lr", "5", "--loss", "l1_triplet:1"]).config
+    assert (config.lr, config.loss) == (5.0, ["l1_triplet:1"])
+
+
+def test_yaml_errors(tmp_path):
+    file = tmp_path / "c.yaml"
+    file.write_text("learning_rate: 1\n")
+    with pytest.raises(UserError, match="unknown key"):
+        parse("train", ["--config", str(file)])
+    file.write_text("emedding_size: 1\n")
+    with pytest.raises(UserError, match="did you mean 'embedding_size'"):
+        parse("train", ["--config", str(file)])
+    file.write_text("a: [\n")
+    with pytest.raises(UserError, match="no valid YAML"):
+        parse("train", ["--config", str(file)])
+    with pytest.raises(UserError, match="does not exist"):
+        parse("train", ["--config", str(tmp_path / "none.yaml")])
+
+
+def test_presets_are_complete_recipes():
+    assert {"rkd2019", "rkd2019_teacher"} <= set(presets())
+    config = fold(parse("distill", ["--preset", "rkd2019", "--embedding_size", "64"]).config)
+    assert (config.l2normalize, config.batch, config.loss) == (False, 128, ["rkd_distance:1", "rkd_angle:2"])
+    assert config.embedding_size == 64
+    with pytest.raises(UserError, match="did you mean"):
+        parse("distill", ["--preset", "rkd2018"])
+
+
+@pytest.mark.parametrize(
+    "spec, message",
+    [
+        ("rkd_distanc:1", "did you mean 'rkd_distance'"),
+        ("l2_triplet:1,margn=2", "did you mean 'margin'"),
+        ("l2_triplet:1,margin", "option=value"),
+        ("l2_triplet:x", "finite number"),
+        ("l2_triplet:1,sample=hrd", "did you mean 'hard'"),
+        ("l2_triplet:1,margin=wide", "is a number"),
+    ],
+)
+def test_losses_are_checked(spec, message):
+    with pytest.raises(UserError, match=message):
+        fold(parse("train", ["--loss", spec]).config)
+
+
+def test_distilling_needs_something_to_learn_from():
+    with pytest.raises(UserError, match="nothing to learn from"):
+        fold(parse("distill", []).config)
+
+
+def test_default_save_dir_depends_on_the_config_but_not_on_what_resuming_may_change():
+    one, other = TrainConfig(lr=1.0), TrainConfig(lr=2.0)
+    assert default_save_dir("train", one) != default_save_dir("train", other)
+    assert default_save_dir("train", one) == default_save_dir("train", TrainConfig(lr=1.0, epochs=99, workers=4))
+    assert default_save_dir("train", one).startswith("runs/train-cub200-resnet50-")
+
+
+def test_help_shows_underscores_and_every_flag(capsys):
+    with pytest.raises(SystemExit):
+        parse("distill", ["--help"])
+    text = capsys.readouterr().out
+    assert "--lr_decay_epochs" in text and "--lr-decay-epochs" not in text and "--teacher_load" in text

@@ -1,0 +1,71 @@
+"""The layout holds: imports run from left to right, and the front door is light."""
+
+import ast
+import subprocess
+import sys
+from pathlib import Path
+
+PACKAGE = Path(__file__).resolve().parent.parent / "metric_kd"
+GROUND = {"errors", "types", "registry", "distances", "distributed"}
+MAY_IMPORT = {
+    "errors": set(),
+    "types": set(),
+    "registry": {"errors"},
+    "distances": {"errors", "types"},
+    "distributed": {"errors"},
+    "data": GROUND,
+    "models": GROUND,
+    "losses": GROUND | {"data", "models"},
+    "distill": GROUND | {"data", "models", "losses"},
+    "engine": GROUND | {"data", "models", "losses", "distill"},
+    "evaluation": GROUND | {"data", "models"},
+    "report": GROUND | {"data", "models", "evaluation"},
+    "deploy": GROUND | {"data", "models", "losses", "distill", "engine", "evaluation"},
+    "cli": GROUND | {"data", "models", "losses", "distill", "engine", "evaluation", "report", "deploy", "presets"},
+}
+FRONT_DOORS = {"functional", "__init__"}
+
+
+def imports_of(file: Path) -> set[str]:
+    found = set()
+    for node in ast.walk(ast.parse(file.read_text())):
+        if isinstance(node, ast.ImportFrom) and node.module and node.module.split(".")[0] == "metric_kd":
+            parts = node.module.split(".")
+            found |= {parts[1]} if len(parts) > 1 else {alias.name for alias in node.names}
+        elif isinstance(node, ast.Import):
+            found |= {a.name.split(".")[1] for a in node.names if a.name.startswith("metric_kd.")}
+    return found
+
+
+def test_imports_run_from_left_to_right():
+    wrong = []
+    for file in sorted(PACKAGE.rglob("*.py")):
+        part = file.relative_to(PACKAGE).parts[0].removesuffix(".py")
+        if part in FRONT_DOORS or part == "presets":
+            continue
+        for target in sorted(imports_of(file) - {part, "__version__"}):
+            if target not in MAY_IMPORT[part]:
+                wrong.append(f"{file.relative_to(PACKAGE)} imports {target}")
+    assert not wrong, wrong
+
+
+def test_import_metric_kd_is_light():
+    code = (
+        "import sys, metric_kd, metric_kd.functional\n"
+        "heavy = {'torchvision', 'faiss', 'matplotlib', 'sklearn', 'h5py', 'scipy', 'jsonargparse'} & set(sys.modules)\n"
+        "assert not heavy, heavy\n"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+
+
+def test_no_second_pairwise_distance():
+    """distances.py is the only place that computes distances between all rows of one tensor."""
+    for file in PACKAGE.rglob("*.py"):
+        if file.name != "distances.py" and file.parts[-2] in ("losses", "relational", "feature", "logit", "distill"):
+            assert "torch.cdist" not in file.read_text(), f"{file} computes its own distances; use Pairwise."
+
+
+def test_top_level_scripts_stay_short():
+    for name in ("run.py", "run_distill.py"):
+        assert len((PACKAGE.parent / name).read_text().splitlines()) <= 12
