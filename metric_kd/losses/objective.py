@@ -1,5 +1,6 @@
 """Objective: a weighted sum of terms, and the one spelling in which a user writes it."""
 
+import contextlib
 import inspect
 import math
 from collections.abc import Sequence
@@ -46,17 +47,17 @@ def parse_loss(spec: "str | dict[str, Any]") -> LossSpec:
     elif isinstance(spec, dict):
         options = dict(spec)
         if "name" not in options:
-            raise UserError(f"a loss in YAML is a map with a name, as in {{name: rkd_distance, weight: 1}}; got {spec!r}.")
+            raise UserError(
+                f"a loss in YAML is a map with a name, as in {{name: rkd_distance, weight: 1}}; got {spec!r}."
+            )
         name, weight = str(options.pop("name")), options.pop("weight", None)
     else:
         raise UserError(f"a loss is written name:weight,option=value; got {spec!r}.")
     name = TERMS.canonical(name.strip())
     weight = TERMS[name].default_weight if weight is None else weight
     if isinstance(weight, str):  # YAML 1.1 reads 1e-3 as text
-        try:
+        with contextlib.suppress(ValueError):
             weight = float(weight)
-        except ValueError:
-            pass
     if not isinstance(weight, int | float) or isinstance(weight, bool) or not math.isfinite(weight):
         raise UserError(f"the weight of loss {name!r} is {weight!r}; give a finite number, as in {name}:1.")
     return LossSpec(name, float(weight), {key: _option(name, key, value) for key, value in options.items()})
@@ -64,14 +65,17 @@ def parse_loss(spec: "str | dict[str, Any]") -> LossSpec:
 
 def option_names(name: str) -> list[str]:
     """The options that a term takes: the keywords of its constructor."""
-    return [p for p in inspect.signature(TERMS[name].__init__).parameters if p != "self"]
+    parameters = inspect.signature(TERMS[name].__init__).parameters.values()
+    return [p.name for p in parameters if p.name != "self" and p.kind not in (p.VAR_POSITIONAL, p.VAR_KEYWORD)]
 
 
 def _option(name: str, key: str, value: Any) -> Any:
     known = option_names(name)
     if key not in known:
-        raise one_of(f"option of loss {name!r}:", key, known) if known else UserError(
-            f"loss {name!r} takes no options; remove {key!r}."
+        raise (
+            one_of(f"option of loss {name!r}:", key, known)
+            if known
+            else UserError(f"loss {name!r} takes no options; remove {key!r}.")
         )
     default = inspect.signature(TERMS[name].__init__).parameters[key].default
     if isinstance(default, float) and isinstance(value, str | int) and not isinstance(value, bool):

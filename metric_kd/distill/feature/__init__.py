@@ -1,0 +1,1 @@
+"""Methods that compare feature maps or features, image by image."""

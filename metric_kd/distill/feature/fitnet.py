@@ -1,0 +1,81 @@
+"""FitNet hints: the student's features, linearly transformed, equal the teacher's."""
+
+from typing import ClassVar
+
+import torch
+from torch import Tensor, nn
+from torch.nn.functional import mse_loss
+
+from metric_kd.distances import at_least_float32, full_precision
+from metric_kd.distill.layers import MapPair, paired_maps, parse_layers, pool_to_smaller
+from metric_kd.errors import UserError
+from metric_kd.losses.term import TERMS, Term
+from metric_kd.types import Batch, Output
+
+
+def fitnet(student: Tensor, teacher: Tensor) -> Tensor:
+    """Mean over all elements of (student - teacher)^2.
+
+    Two tensors of one shape; half types are raised to float32; no gradient reaches the teacher. Raises ``UserError``
+    where the shapes differ: the trained transform that makes them equal belongs to :class:`FitNet`.
+
+    Romero et al.: FitNets: Hints for Thin Deep Nets, 2015, arXiv 1412.6550. Deviation: a mean where the paper has half
+    the squared norm (as in the usual code).
+    """
+    if student.shape != teacher.shape:
+        raise UserError(
+            f"fitnet compares tensors of one shape; got {tuple(student.shape)} and {tuple(teacher.shape)}: "
+            "put a trained transform between them, as --loss fitnet does."
+        )
+    with full_precision(student):
+        student = at_least_float32(student)
+        return mse_loss(student, teacher.detach().to(student))
+
+
+@TERMS.register("fitnet")
+class FitNet(Term):
+    """Sum of :func:`fitnet` over stages and the embedding, each after its own trained linear map of the student.
+
+    ``layers`` as in ``2/3/4``, the last three stages by default; ``embedding`` adds the embedding. Stages go through a
+    1x1 convolution, the embedding through a matrix, without bias, drawn from U(-0.005, 0.005). The larger grid of a
+    stage is averaged down to the smaller one. As in the RKD code, but there the maps were never trained: they had been
+    left out of the optimiser.
+    """
+
+    needs: ClassVar[tuple[str, ...]] = ("maps", "embedding")
+    reads_teacher = True
+    family = "feature"
+    cost = "N C C' H W"
+    default_weight = 1.0
+    paper = "FitNets: Hints for Thin Deep Nets, 2015, arXiv 1412.6550"
+
+    def __init__(self, layers: str = "", embedding: bool = True):
+        super().__init__()
+        self.layers, self.embedding = parse_layers(layers), embedding
+        if not embedding:
+            self.needs = ("maps",)  # type: ignore[misc]  # an option narrows what the class declares
+        self.connectors = nn.ModuleList()
+
+    def build(self, student: Output, teacher: Output | None, num_classes: int) -> None:
+        self.connectors = nn.ModuleList()
+        for ours, theirs in self._pairs(student, teacher):
+            width, wanted = ours.shape[1], theirs.shape[1]
+            connector: nn.Conv2d | nn.Linear
+            if ours.ndim == 4:
+                connector = nn.Conv2d(width, wanted, 1, bias=False)
+            else:
+                connector = nn.Linear(width, wanted, bias=False)
+            nn.init.uniform_(connector.weight, -0.005, 0.005)
+            self.connectors.append(connector.to(ours.device))
+
+    def forward(self, student: Output, teacher: Output | None, batch: Batch) -> Tensor:
+        pairs = zip(self.connectors, self._pairs(student, teacher), strict=True)
+        return torch.stack([fitnet(connector(at_least_float32(s)), t) for connector, (s, t) in pairs]).sum()
+
+    def _pairs(self, student: Output, teacher: Output | None) -> list[MapPair]:
+        pairs = [pool_to_smaller(*pair) for pair in paired_maps(student, teacher, self.layers)]
+        if self.embedding:
+            if student.embedding is None or teacher is None or teacher.embedding is None:
+                raise UserError("fitnet found no embedding to compare; switch that part off with embedding=false.")
+            pairs.append((student.embedding, teacher.embedding))
+        return pairs

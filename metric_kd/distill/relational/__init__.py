@@ -1,0 +1,1 @@
+"""Methods that compare relations between the images of a batch."""
