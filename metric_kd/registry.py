@@ -26,7 +26,7 @@ class Registry(Generic[T]):
                 if key in self:
                     raise ValueError(f"{self.kind} {key!r} is registered twice; choose another name.")
             self._entries[name] = entry
-            self._aliases.update({alias: name for alias in aliases})
+            self._aliases.update(dict.fromkeys(aliases, name))
             return entry
 
         return add

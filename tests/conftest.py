@@ -63,5 +63,17 @@ def teacher_run(image_folder, tmp_path_factory) -> Path:
 
     run = tmp_path_factory.mktemp("teacher") / "run"
     torch.set_num_threads(1)
-    main([*TINY, "--base", "resnet8:stem_stride=2", "--embedding_size", "16", "--data", str(image_folder), "--save_dir", str(run)])
+    main(
+        [
+            *TINY,
+            "--base",
+            "resnet8:stem_stride=2",
+            "--embedding_size",
+            "16",
+            "--data",
+            str(image_folder),
+            "--save_dir",
+            str(run),
+        ]
+    )
     return run

@@ -7,9 +7,6 @@ from typing import Any, Literal
 
 from metric_kd.engine.run_directory import RESUMABLE_KEYS
 
-Choice = Literal
-Base = "resnet50"
-
 
 def flag(default: Any, text: str) -> Any:
     """A field with its help text."""
@@ -24,8 +21,10 @@ class RunConfig:
 
     dataset: str = flag("cub200", "data set; `metric-kd list datasets`")
     data: str = flag("data", "folder in which the data set lies or lands (the CSV file for `table`)")
-    train_classes: str | None = flag(None, "classes to train on: a number N (the first N) or a file of names; default half")
-    base: str = flag(Base, "backbone, with options as name:option=value; `metric-kd list backbones`")
+    train_classes: str | None = flag(
+        None, "classes to train on: a number N (the first N) or a file of names; default half"
+    )
+    base: str = flag("resnet50", "backbone, with options as name:option=value; `metric-kd list backbones`")
     embedding_size: int = flag(128, "length of the embedding; 0: the pooled feature itself")
     l2normalize: bool = flag(True, "scale embeddings to length 1")
     load: str | None = flag(None, "checkpoint or run to start from (to evaluate in eval mode)")
@@ -34,28 +33,32 @@ class RunConfig:
     epochs: int = flag(40, "epochs")
     iter_per_epoch: int = flag(100, "steps per epoch")
     lr: float = flag(1e-5, "learning rate")
-    lr_decay_epochs: list[int] = flag([25, 30, 35], "epochs, counted from 1, from which on the rate is multiplied by gamma")
+    lr_decay_epochs: list[int] = flag(
+        [25, 30, 35], "epochs, counted from 1, from which on the rate is multiplied by gamma"
+    )
     lr_decay_gamma: float = flag(0.5, "the factor of --lr_decay_epochs")
-    loss: list[str] | None = flag(None, "name:weight[,option=value], repeatable; `metric-kd list losses`, `list methods`")
+    loss: list[str] | None = flag(
+        None, "name:weight[,option=value], repeatable; `metric-kd list losses`, `list methods`"
+    )
     recall: list[int] = flag([1], "the K of Recall@K (hit rate)")
     seed: int = flag(0, "seed of everything random")
     save_dir: str | None = flag(None, "where the run goes; default runs/<command>-<dataset>-<base>-<hash>")
-    device: Choice["auto", "cpu", "cuda"] = flag("auto", "where to compute")
-    precision: Choice["fp32", "bf16", "fp16"] = flag("fp32", "precision of the networks; losses stay in float32")
+    device: Literal["auto", "cpu", "cuda"] = flag("auto", "where to compute")
+    precision: Literal["fp32", "bf16", "fp16"] = flag("fp32", "precision of the networks; losses stay in float32")
     workers: int = flag(0, "processes that decode images")
     input_size: int | None = flag(None, "image side in pixels; default the backbone's")
-    optimizer: Choice["adam", "adamw", "sgd"] = flag("adam", "optimiser, fused (sgd: Nesterov momentum 0.9)")
+    optimizer: Literal["adam", "adamw", "sgd"] = flag("adam", "optimiser, fused (sgd: Nesterov momentum 0.9)")
     weight_decay: float = flag(1e-5, "weight decay")
-    schedule: Choice["step", "cosine"] = flag("step", "how the learning rate falls")
+    schedule: Literal["step", "cosine"] = flag("step", "how the learning rate falls")
     warmup: float = flag(0.0, "epochs of linear warm-up")
     clip_norm: float = flag(0.0, "clip the gradient to this norm; 0: never")
     freeze_bn: bool = flag(False, "keep the running statistics of batch normalisation")
     pretrained: str = flag("auto", "auto: ImageNet for torchvision names, none for 32-px names; true, false, or a file")
-    select: Choice["last", "val", "test"] = flag(
+    select: Literal["last", "val", "test"] = flag(
         "last", "result: the last epoch; best on held-out training classes; or best on test, the papers' habit"
     )
     eval_every: int = flag(1, "epochs between evaluations")
-    resume: Choice["auto", "never"] = flag("auto", "continue the run in save_dir, or start it over")
+    resume: Literal["auto", "never"] = flag("auto", "continue the run in save_dir, or start it over")
     save_minutes: float = flag(10.0, "checkpoint at least this often")
     dry_run: bool = flag(False, "check everything, take one step in a child process, report its memory and time")
     skip_unreadable: bool = flag(False, "count and skip images that cannot be read")
@@ -67,7 +70,7 @@ class RunConfig:
 class TrainConfig(RunConfig):
     """run.py: train or evaluate one network."""
 
-    mode: Choice["train", "eval"] = flag("train", "train, or evaluate --load")
+    mode: Literal["train", "eval"] = flag("train", "train, or evaluate --load")
     sample: str = flag("all", "triplet sampler of the triplet and contrastive losses; `metric-kd list samplers`")
     margin: float = flag(0.2, "margin of the triplet and contrastive losses")
 
@@ -80,7 +83,7 @@ class DistillConfig(RunConfig):
     epochs: int = flag(80, "epochs")
     lr_decay_epochs: list[int] = flag([40, 60], "epochs, counted from 1, from which on the rate is multiplied by gamma")
     lr_decay_gamma: float = flag(0.1, "the factor of --lr_decay_epochs")
-    teacher_base: str = flag(Base, "the teacher's backbone, for a plain state dict; a checkpoint knows its own")
+    teacher_base: str = flag("resnet50", "the teacher's backbone, for a plain state dict; a checkpoint knows its own")
     teacher_embedding_size: int = flag(128, "likewise its embedding size")
     teacher_l2normalize: bool = flag(True, "likewise whether its embeddings have length 1")
     teacher_load: str | None = flag(None, "the teacher: a run, a checkpoint or a state dict (required)")

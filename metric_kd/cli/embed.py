@@ -11,7 +11,7 @@ import torch
 from metric_kd.cli.parse import underscored
 from metric_kd.data.decode import decode
 from metric_kd.deploy.embedder import images_in, load
-from metric_kd.engine.checkpoint import write_text, write_atomically
+from metric_kd.engine.checkpoint import write_atomically, write_text
 from metric_kd.errors import UserError
 
 
@@ -21,7 +21,9 @@ def main(arguments: Sequence[str], program: str | None = None) -> int:
     parser = ArgumentParser(prog=program, description=__doc__, allow_abbrev=False)
     parser.add_argument("run", type=str, help="run directory or checkpoint")
     parser.add_argument("--images", type=str, required=True, help="folder of images, searched through")
-    parser.add_argument("--out", type=str, required=True, help="FILE.npy to write; the file names go to FILE.csv beside it")
+    parser.add_argument(
+        "--out", type=str, required=True, help="FILE.npy to write; the file names go to FILE.csv beside it"
+    )
     parser.add_argument("--batch", type=int, default=64, help="images per forward pass")
     parser.add_argument("--device", type=str, default="auto", choices=["auto", "cpu", "cuda"], help="where to compute")
     parser.add_argument("--precision", type=str, default="fp32", choices=["fp32", "bf16", "fp16"], help="precision")
@@ -46,7 +48,9 @@ def main(arguments: Sequence[str], program: str | None = None) -> int:
     csv.writer(names).writerows([["path"], *([str(Path(p).relative_to(options.images))] for p in paths)])
     write_text(out.with_suffix(".csv"), names.getvalue())
     write_atomically(out, lambda file: np.save(file, vectors))
-    print(f"wrote {out}: {vectors.shape[0]} embeddings of length {vectors.shape[1]}; their files are in {out.with_suffix('.csv')}")
+    print(
+        f"wrote {out}: {vectors.shape[0]} embeddings of length {vectors.shape[1]}; their files are in {out.with_suffix('.csv')}"
+    )
     return 0
 
 

@@ -91,7 +91,9 @@ def _finish(session: Session, run: RunDirectory, trainer: Trainer, on_validation
         trainer.finish(final)
         suffix = ", beside a best that was selected on test" if session.config.select == "test" else ""
         lines = [f"Best Recall@{k}: {100 * best[f'recall@{k}']:.4f} ({chosen})" for k in session.config.recall]
-        lines += [f"Final Recall@{k}: {100 * final[f'recall@{k}']:.4f} (last epoch{suffix})" for k in session.config.recall]
+        lines += [
+            f"Final Recall@{k}: {100 * final[f'recall@{k}']:.4f} (last epoch{suffix})" for k in session.config.recall
+        ]
         card = {
             "environment": trainer.environment,
             "seed": session.config.seed,

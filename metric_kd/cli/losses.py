@@ -25,7 +25,9 @@ def fold(config: RunConfig) -> RunConfig:
         raise UserError(
             "nothing to learn from: give --dist_ratio 1 --angle_ratio 2, or any --loss name:weight (`metric-kd list methods`)."
         )
-    folded = {key: 0.0 for key in ("triplet_ratio", "dist_ratio", "angle_ratio", "dark_ratio", "at_ratio", "fitnet_ratio")}
+    folded = dict.fromkeys(
+        ("triplet_ratio", "dist_ratio", "angle_ratio", "dark_ratio", "at_ratio", "fitnet_ratio"), 0.0
+    )
     defaults = {"margin": config.triplet_margin, "sample": config.triplet_sample}
     return replace(config, loss=[str(_with_defaults(loss, defaults)) for loss in losses], **folded)
 

@@ -22,7 +22,9 @@ class Parsed(NamedTuple):
 
 
 def presets() -> list[str]:
-    return sorted(p.name.removesuffix(".yaml") for p in resources.files("metric_kd.presets").iterdir() if p.name.endswith(".yaml"))
+    return sorted(
+        p.name.removesuffix(".yaml") for p in resources.files("metric_kd.presets").iterdir() if p.name.endswith(".yaml")
+    )
 
 
 def parse(command: str, arguments: Sequence[str], program: str | None = None) -> Parsed:
@@ -138,6 +140,14 @@ def _parser(command: str, program: str | None) -> Any:
 def _one_sentence(error: Exception) -> str:
     text = " ".join(str(error).split())
     text = re.sub(r'(?:Parser key|argument) "?-*(\w+)"?(?: element \d+)?:', r"--\1:", text)
-    text = text.replace("typing.Literal", "one of ").replace("<class 'float'>", "number").replace("<class 'int'>", "integer")
-    text = text.replace("<class 'bool'>", "true or false").replace("Expected a", "expected").replace(". Got value:", ", got")
+    text = (
+        text.replace("typing.Literal", "one of ")
+        .replace("<class 'float'>", "number")
+        .replace("<class 'int'>", "integer")
+    )
+    text = (
+        text.replace("<class 'bool'>", "true or false")
+        .replace("Expected a", "expected")
+        .replace(". Got value:", ", got")
+    )
     return text.rstrip(".") + "; see --help."

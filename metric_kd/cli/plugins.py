@@ -23,7 +23,9 @@ def load_plugins(plugins: Sequence[str]) -> None:
             try:
                 importlib.import_module(plugin)
             except ModuleNotFoundError as error:
-                raise UserError(f"--plugins {plugin}: no such module; give a .py file or an installed module.") from error
+                raise UserError(
+                    f"--plugins {plugin}: no such module; give a .py file or an installed module."
+                ) from error
         _LOADED.add(key)
 
 

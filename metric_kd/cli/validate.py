@@ -44,7 +44,9 @@ def _sizes(config: RunConfig) -> list[str]:
     sizes = {"input_size": config.input_size}
     if isinstance(config, DistillConfig):
         sizes["teacher_input_size"] = config.teacher_input_size
-    sentences += [f"--{key} is {size}; give 8 px or more." for key, size in sizes.items() if size is not None and size < 8]
+    sentences += [
+        f"--{key} is {size}; give 8 px or more." for key, size in sizes.items() if size is not None and size < 8
+    ]
     if not config.recall or min(config.recall) < 1:
         sentences.append("--recall takes one or more K of 1 or more, as in --recall 1 2 4 8.")
     if config.workers < 0:

@@ -45,7 +45,9 @@ def learning_rate(settings: Settings, epoch: int, iteration: int) -> float:
     """
     done = epoch - 1 + iteration / max(settings.iterations, 1)
     if done < settings.warmup:
-        return settings.lr * (done + 1 / max(settings.iterations, 1)) / (settings.warmup + 1 / max(settings.iterations, 1))
+        return (
+            settings.lr * (done + 1 / max(settings.iterations, 1)) / (settings.warmup + 1 / max(settings.iterations, 1))
+        )
     if settings.schedule == "cosine":
         progress = (done - settings.warmup) / max(settings.epochs - settings.warmup, 1e-9)
         return settings.lr * 0.5 * (1 + math.cos(math.pi * min(progress, 1.0)))

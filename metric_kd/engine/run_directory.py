@@ -39,7 +39,9 @@ class RunDirectory:
             with tempfile.TemporaryFile(dir=existing):
                 pass
         except OSError as error:
-            raise UserError(f"--save_dir {self.path} is not writable ({error.strerror}); choose another folder.") from error
+            raise UserError(
+                f"--save_dir {self.path} is not writable ({error.strerror}); choose another folder."
+            ) from error
 
     def check_config(self, config: dict[str, Any]) -> None:
         """Refuse to continue a run that was started with another config, naming the first differing key."""
@@ -83,7 +85,9 @@ class RunDirectory:
             try:
                 fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
             except OSError as error:
-                raise UserError(f"another process is writing {self.path}; wait for it or give another --save_dir.") from error
+                raise UserError(
+                    f"another process is writing {self.path}; wait for it or give another --save_dir."
+                ) from error
             yield
         finally:
             os.close(handle)

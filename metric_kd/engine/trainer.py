@@ -290,5 +290,11 @@ def epoch_line(record: dict[str, Any], epochs: int) -> str:
     metrics = [f"{key} {100 * value:.2f}" for key, value in record.items() if "recall@" in key]
     parts = [f"{name} {value:.4f}" for name, value in record["losses"].items()]
     return "  ".join(
-        [f"epoch {record['epoch']}/{epochs}", f"loss {record['loss']:.4f}", *parts, *metrics, f"{record['seconds']:.1f} s"]
+        [
+            f"epoch {record['epoch']}/{epochs}",
+            f"loss {record['loss']:.4f}",
+            *parts,
+            *metrics,
+            f"{record['seconds']:.1f} s",
+        ]
     )

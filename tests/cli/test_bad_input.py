@@ -67,7 +67,15 @@ def test_teachers(refused, tmp_path, teacher_run):
     plain = tmp_path / "plain.pth"
     torch.save(torch.load(teacher_run / "best.pth", weights_only=True)["model"], plain)
     other = refused(
-        "--dist_ratio", 1, "--teacher_load", plain, "--teacher_base", "resnet14", "--teacher_embedding_size", 16, main=distill
+        "--dist_ratio",
+        1,
+        "--teacher_load",
+        plain,
+        "--teacher_base",
+        "resnet14",
+        "--teacher_embedding_size",
+        16,
+        main=distill,
     )
     assert "plain.pth" in other and "does not fit" in other
 
@@ -126,7 +134,9 @@ def test_commands(capsys):
     for kind in ("datasets", "backbones", "samplers", "losses", "methods"):
         assert metric_kd(["list", kind]) == 0
     listed = capsys.readouterr().out.split()
-    assert {"cub200", "glyphs", "resnet50", "distance", "l2_triplet", "rkd_angle", "wrn_16_2", "vit_b_16"} <= set(listed)
+    assert {"cub200", "glyphs", "resnet50", "distance", "l2_triplet", "rkd_angle", "wrn_16_2", "vit_b_16"} <= set(
+        listed
+    )
     assert metric_kd(["list", "loses"]) == 2
 
 

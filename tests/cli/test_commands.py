@@ -29,14 +29,34 @@ def test_a_run_directory_holds_what_the_readme_says(teacher_run):
 
 
 def test_evaluating_a_checkpoint_repeats_its_result(teacher_run, image_folder, capsys):
-    assert train(["--mode", "eval", "--dataset", "folder", "--data", str(image_folder), "--load", str(teacher_run)]) == 0
+    assert (
+        train(["--mode", "eval", "--dataset", "folder", "--data", str(image_folder), "--load", str(teacher_run)]) == 0
+    )
     printed = capsys.readouterr().out
     assert printed.split("Recall@1: ")[1].split()[0] in (teacher_run / "result.txt").read_text()
-    assert console(["eval", "--dataset", "folder", "--data", str(image_folder), "--load", str(teacher_run), "--recall", "1", "2"]) == 0
+    assert (
+        console(
+            [
+                "eval",
+                "--dataset",
+                "folder",
+                "--data",
+                str(image_folder),
+                "--load",
+                str(teacher_run),
+                "--recall",
+                "1",
+                "2",
+            ]
+        )
+        == 0
+    )
     assert "Recall@2" in capsys.readouterr().out
 
 
-@pytest.mark.parametrize("loss", ["rkd_distance:1", "rkd_angle:2", "dark_rank:1", "at:10", "fitnet:1", "l2_triplet:1,sample=hard"])
+@pytest.mark.parametrize(
+    "loss", ["rkd_distance:1", "rkd_angle:2", "dark_rank:1", "at:10", "fitnet:1", "l2_triplet:1,sample=hard"]
+)
 def test_every_method_distils(loss, teacher_run, image_folder, tmp_path):
     flags = [*TINY, "--data", str(image_folder), "--teacher_load", str(teacher_run), "--epochs", "1"]
     assert distill([*flags, "--loss", loss, "--save_dir", str(tmp_path / "run")]) == 0
@@ -58,7 +78,19 @@ def test_fitnets_convolutions_are_trained(teacher_run, image_folder, tmp_path):
 
 @pytest.mark.parametrize("select", ["val", "test"])
 def test_selection_is_said(select, image_folder, tmp_path):
-    train([*TINY, "--data", str(image_folder), "--save_dir", str(tmp_path / "run"), "--select", select, "--train_classes", "6"])
+    train(
+        [
+            *TINY,
+            "--data",
+            str(image_folder),
+            "--save_dir",
+            str(tmp_path / "run"),
+            "--select",
+            select,
+            "--train_classes",
+            "6",
+        ]
+    )
     result = (tmp_path / "run" / "result.txt").read_text()
     card = json.loads((tmp_path / "run" / "card.json").read_text())
     assert all(("selected on test" in line) == (select == "test") for line in result.splitlines())
@@ -69,7 +101,17 @@ def test_selection_is_said(select, image_folder, tmp_path):
 
 
 def test_teacher_at_another_size(teacher_run, image_folder, tmp_path):
-    flags = [*TINY, "--data", str(image_folder), "--teacher_load", str(teacher_run), "--dist_ratio", "1", "--at_ratio", "1"]
+    flags = [
+        *TINY,
+        "--data",
+        str(image_folder),
+        "--teacher_load",
+        str(teacher_run),
+        "--dist_ratio",
+        "1",
+        "--at_ratio",
+        "1",
+    ]
     assert distill([*flags, "--input_size", "16", "--save_dir", str(tmp_path / "run")]) == 0
     assert read_checkpoint(tmp_path / "run")["network"]["input_size"] == 16
 
@@ -87,7 +129,14 @@ def test_cross_entropy_start_then_triplet(image_folder, tmp_path, capsys):
     assert "left out" not in capsys.readouterr().out
 
 
-@pytest.mark.parametrize("flags", ["--precision bf16", "--optimizer sgd --schedule cosine --warmup 1", "--optimizer adamw --clip_norm 1 --freeze_bn true"])
+@pytest.mark.parametrize(
+    "flags",
+    [
+        "--precision bf16",
+        "--optimizer sgd --schedule cosine --warmup 1",
+        "--optimizer adamw --clip_norm 1 --freeze_bn true",
+    ],
+)
 def test_training_options(flags, image_folder, tmp_path):
     assert train([*TINY, *flags.split(), "--data", str(image_folder), "--save_dir", str(tmp_path / "run")]) == 0
 
@@ -125,7 +174,17 @@ def test_a_loss_from_outside_the_package_trains_through_the_command_line(image_f
         "    def forward(self, student, teacher, batch) -> Tensor:\n"
         "        return (student.embedding.norm(dim=1) - self.target).square().mean()\n"
     )
-    flags = [*TINY, "--l2normalize", "false", "--data", str(image_folder), "--plugins", str(plugin), "--save_dir", str(tmp_path / "run")]
+    flags = [
+        *TINY,
+        "--l2normalize",
+        "false",
+        "--data",
+        str(image_folder),
+        "--plugins",
+        str(plugin),
+        "--save_dir",
+        str(tmp_path / "run"),
+    ]
     assert train([*flags, "--loss", "l2_triplet:1", "--loss", "length_penalty:0.5,target=2"]) == 0
     line = json.loads((tmp_path / "run" / "metrics.jsonl").read_text().splitlines()[0])
     assert set(line["losses"]) == {"l2_triplet", "length_penalty"}

@@ -7,9 +7,7 @@ from metric_kd.cli.losses import fold
 from metric_kd.cli.parse import parse, presets
 from metric_kd.errors import UserError
 
-TEACHER = (
-    "--mode train --dataset cub200 --base resnet50 --sample distance --margin 0.2 --embedding_size 512 --save_dir teacher"
-)
+TEACHER = "--mode train --dataset cub200 --base resnet50 --sample distance --margin 0.2 --embedding_size 512 --save_dir teacher"
 STUDENT = (
     "--dataset cub200 --base resnet18 --embedding_size 64 --l2normalize false --teacher_base resnet50 "
     "--teacher_embedding_size 512 --teacher_load teacher/best.pth --dist_ratio 1 --angle_ratio 2 --save_dir student"
@@ -35,7 +33,20 @@ def test_the_seeds_student_command_and_defaults():
 
 
 def test_ratio_flags_are_spellings_of_loss():
-    flags = "--triplet_ratio 1 --triplet_margin 0.3 --dark_ratio 2 --dark_alpha 4 --at_ratio 3 --fitnet_ratio 5".split()
+    flags = [
+        "--triplet_ratio",
+        "1",
+        "--triplet_margin",
+        "0.3",
+        "--dark_ratio",
+        "2",
+        "--dark_alpha",
+        "4",
+        "--at_ratio",
+        "3",
+        "--fitnet_ratio",
+        "5",
+    ]
     assert fold(parse("distill", flags).config).loss == [
         "l2_triplet:1,margin=0.3,sample=distance",
         "dark_rank:2,alpha=4.0,beta=3.0",
@@ -45,11 +56,15 @@ def test_ratio_flags_are_spellings_of_loss():
 
 
 def test_lists_are_space_separated_and_both_spellings_work():
-    config = parse("train", "--lr-decay-epochs 3 4 5 --recall 1 2 4 8 --save-dir a-b".split()).config
+    config = parse(
+        "train", ["--lr-decay-epochs", "3", "4", "5", "--recall", "1", "2", "4", "8", "--save-dir", "a-b"]
+    ).config
     assert (config.lr_decay_epochs, config.recall, config.save_dir) == ([3, 4, 5], [1, 2, 4, 8], "a-b")
 
 
-@pytest.mark.parametrize("flag, hint", [("--lr_decay_epoch", "--lr_decay_epochs"), ("--bach", "--batch"), ("--lr_d", "")])
+@pytest.mark.parametrize(
+    "flag, hint", [("--lr_decay_epoch", "--lr_decay_epochs"), ("--bach", "--batch"), ("--lr_d", "")]
+)
 def test_no_abbreviations_and_unknown_flags_get_a_suggestion(flag, hint):
     with pytest.raises(UserError, match="unknown flag") as error:
         parse("train", [flag, "3"])
@@ -106,6 +121,7 @@ def test_presets_are_complete_recipes():
         ("rkd_distanc:1", "did you mean 'rkd_distance'"),
         ("l2_triplet:1,margn=2", "did you mean 'margin'"),
         ("l2_triplet:1,margin", "option=value"),
+        ("rkd_angle:1,beta=2", "takes no options"),
         ("l2_triplet:x", "finite number"),
         ("l2_triplet:1,sample=hrd", "did you mean 'hard'"),
         ("l2_triplet:1,margin=wide", "is a number"),

@@ -32,7 +32,11 @@ def flags(data: Path, run: Path, *more: str) -> list[str]:
 def start(arguments: list[str]) -> subprocess.Popen:
     environment = {**os.environ, "OMP_NUM_THREADS": "1"}
     return subprocess.Popen(
-        [sys.executable, "run.py", *arguments], cwd=ROOT, env=environment, stdout=subprocess.PIPE, stderr=subprocess.STDOUT
+        [sys.executable, "run.py", *arguments],
+        cwd=ROOT,
+        env=environment,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
     )
 
 
@@ -152,7 +156,15 @@ def test_torchrun_with_two_processes_ends_with_a_checkpoint(image_folder, teache
         "--dist_ratio", "1", "--angle_ratio", "2", "--fitnet_ratio", "0.1",
     ]  # fmt: skip
     done = subprocess.run(
-        [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2", "run_distill.py", *arguments],
+        [
+            sys.executable,
+            "-m",
+            "torch.distributed.run",
+            "--standalone",
+            "--nproc_per_node=2",
+            "run_distill.py",
+            *arguments,
+        ],
         cwd=ROOT,
         env={**os.environ, "OMP_NUM_THREADS": "1"},
         capture_output=True,
