@@ -1,0 +1,75 @@
+"""embed: every image of a loader through one network, as vectors in memory."""
+
+from collections.abc import Iterable, Iterator
+from contextlib import AbstractContextManager, contextmanager, nullcontext
+from typing import NamedTuple
+
+import torch
+from torch import Tensor, nn
+
+from metric_kd.errors import UserError, one_of
+from metric_kd.types import Batch
+
+_DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
+
+
+class Embeddings(NamedTuple):
+    """vectors: (N, D) float32; labels, indices: (N,) int64, ``indices`` being rows of the data set. All on the CPU."""
+
+    vectors: Tensor
+    labels: Tensor
+    indices: Tensor
+
+
+def embed(
+    network: nn.Module,
+    batches: Iterable[Batch],
+    *,
+    device: torch.device | str = "cpu",
+    precision: str = "fp32",
+    progress: str | None = None,
+    total: int | None = None,
+) -> Embeddings:
+    """The embeddings of all batches, in their order; the network is where ``device`` says and in eval mode meanwhile.
+
+    Every module gets back the mode that it had, frozen batch normalisation included. precision: "fp32", "bf16" or
+    "fp16" (autocast); the vectors are float32 in any case. progress: the title of a bar on stderr over ``total``
+    batches. Raises ``UserError`` for an unknown precision and where there are no batches.
+    """
+    if precision not in _DTYPES:
+        raise one_of("precision", precision, list(_DTYPES))
+    device = torch.device(device)
+    vectors, labels, indices = [], [], []
+    with _eval_mode(network), torch.inference_mode(), _autocast(device, precision):
+        for batch in _with_bar(batches, progress, total):
+            output = network(batch.images.to(device, non_blocking=True), want=("embedding",))
+            vectors.append(output.embedding.float().cpu())
+            labels.append(batch.labels.cpu())
+            indices.append(batch.indices.cpu())
+    if not vectors:
+        raise UserError("there are no images to embed; check that the data set is not empty.")
+    # Joined outside inference mode: the results are ordinary tensors, which a loss may read later.
+    return Embeddings(torch.cat(vectors), torch.cat(labels), torch.cat(indices))
+
+
+@contextmanager
+def _eval_mode(network: nn.Module) -> Iterator[None]:
+    modes = [(module, module.training) for module in network.modules()]
+    network.eval()
+    try:
+        yield
+    finally:
+        for module, training in modes:
+            module.training = training
+
+
+def _autocast(device: torch.device, precision: str) -> AbstractContextManager[object]:
+    return nullcontext() if precision == "fp32" else torch.autocast(device.type, dtype=_DTYPES[precision])
+
+
+def _with_bar(batches: Iterable[Batch], progress: str | None, total: int | None) -> Iterable[Batch]:
+    if progress is None:
+        return batches
+    from tqdm import tqdm
+
+    return tqdm(batches, desc=progress, total=total, unit="batch", leave=False, mininterval=0.5)

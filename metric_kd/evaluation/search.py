@@ -1,0 +1,188 @@
+"""find_neighbours: exact nearest neighbours in blocks, through faiss where it is installed, else through torch."""
+
+import functools
+import sys
+from collections.abc import Callable, Iterable
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from metric_kd.errors import UserError, one_of
+from metric_kd.types import Neighbours
+
+Search = Callable[[Tensor], Tensor]
+"""(B, D) centred queries to (B, M) rows of the gallery, among them the M nearest up to rounding."""
+
+SPARE = 4
+"""Candidates beyond what is asked for: rounding of the first search may swap neighbours at the edge."""
+LARGEST = 1e15
+"""Above this the squares of a few thousand numbers leave float32."""
+TILE = 1 << 23
+"""Elements of a distance matrix that the torch back end holds at once (32 MiB)."""
+RESCORE_TILE = 1 << 19
+"""Elements of gathered candidates that are compared at once (2 MiB, so that they stay in the cache)."""
+
+
+@functools.lru_cache(maxsize=1)
+def _faiss() -> Any:
+    """The faiss module, or None. On macOS it is not used: faiss and torch bring an OpenMP each, and crash together."""
+    if sys.platform == "darwin":
+        return None
+    try:
+        import faiss  # after torch, whose import this file begins with: the other order has crashed
+    except ImportError:
+        return None
+    return faiss
+
+
+def backend() -> str:
+    """Which of "faiss" and "torch" a search uses."""
+    return "torch" if _faiss() is None else "faiss"
+
+
+def check_ks(ks: Iterable[int], gallery_size: int) -> None:
+    """Raise ``UserError`` where a K of Recall@K cannot be; cheap, to be called before long work.
+
+    gallery_size: the images that one query can retrieve; a query that is in the gallery does not count itself.
+    """
+    ks = list(ks)
+    if not ks:
+        raise UserError("Recall@K needs at least one K, as in 1 2 4 8.")
+    for k in ks:
+        if k != int(k) or k < 1:
+            raise UserError(f"K = {k} is not possible in Recall@K; give whole numbers of 1 or more.")
+        if k > gallery_size:
+            raise UserError(
+                f"K = {k} is larger than the gallery, where a query finds {gallery_size} images besides itself; "
+                "choose a smaller K."
+            )
+
+
+def find_neighbours(
+    query: Tensor,
+    gallery: Tensor | None = None,
+    k: int = 1,
+    *,
+    query_labels: Tensor,
+    gallery_labels: Tensor | None = None,
+    query_ids: Tensor | None = None,
+    gallery_ids: Tensor | None = None,
+    block: int = 1024,
+    prefer: str | None = None,
+) -> Neighbours:
+    """The k gallery items of the smallest Euclidean distance to every query, exact, nearest first.
+
+    query: (Q, D); gallery: (G, D), or None where the queries are the gallery too. ids: (Q,) and (G,) integers; an item
+    with the id of the query is the query itself and is left out, wherever duplicates put it. Without a gallery the ids
+    are the rows; with a gallery and no ids nothing is left out. prefer: "faiss" or "torch" instead of ``backend()``.
+
+    Equal distances go to the lower row of the gallery (among more than k + 1 + ``SPARE`` equal ones, to those that the
+    back end met). Memory beyond the embeddings is one centred copy of them and a few blocks of ``block`` queries; there
+    is no Q x G matrix. The first search works on |q|^2 - 2 q.g + |g|^2, which cancels for vectors far from the origin:
+    therefore both sides are moved by the gallery's mean, and the candidates' distances are taken again from the
+    differences of the given vectors, in float32.
+
+    Raises ``UserError`` where an embedding is not finite (or above ``LARGEST``), or k is larger than the gallery (the
+    query not counted).
+    """
+    query, query_labels = _vectors(query, "query"), _integers(query_labels)
+    if gallery is None:
+        query_ids = torch.arange(len(query)) if query_ids is None else _integers(query_ids)
+        gallery, gallery_labels, gallery_ids = query, query_labels, query_ids
+    else:
+        gallery = _vectors(gallery, "gallery")
+        if gallery_labels is None or (query_ids is None) != (gallery_ids is None):
+            raise ValueError("a gallery comes with gallery_labels, and ids are given for both sides or none.")
+        gallery_labels = _integers(gallery_labels)
+        query_ids = torch.full((len(query),), -1) if query_ids is None else _integers(query_ids)
+        gallery_ids = torch.full((len(gallery),), -2) if gallery_ids is None else _integers(gallery_ids)
+    _check_shapes(query, gallery, (query_labels, query_ids), (gallery_labels, gallery_ids))
+    shared = torch.isin(query_ids, gallery_ids).any().item()
+    if shared and len(gallery_ids.unique()) < len(gallery_ids):
+        raise UserError("two images of the gallery have the same id; give every image an id of its own.")
+    check_ks([k], len(gallery) - int(shared))
+
+    centre = gallery.mean(0, dtype=torch.float64).float()
+    search = _search_with(prefer or backend())(gallery - centre, min(len(gallery), k + int(shared) + SPARE))
+    rows, distances = torch.empty(len(query), k, dtype=torch.int64), torch.empty(len(query), k)
+    for start in range(0, len(query), block):
+        part = slice(start, start + block)
+        near = search(query[part] - centre).sort(1).values  # by row, so that the stable sort below settles ties by row
+        far = _distances(query[part], gallery, near)
+        far.masked_fill_(gallery_ids[near] == query_ids[part, None], torch.inf)
+        far, order = far.sort(dim=1, stable=True)
+        rows[part], distances[part] = near.gather(1, order)[:, :k], far[:, :k]
+    return Neighbours(rows, distances, query_labels, gallery_labels)
+
+
+def _vectors(x: Tensor, side: str) -> Tensor:
+    x = torch.as_tensor(x).detach().to("cpu", torch.float32).contiguous()
+    if x.dim() != 2 or len(x) == 0:
+        raise UserError(f"the {side} embeddings have shape {tuple(x.shape)}; give (N, D) with N of 1 or more.")
+    low, high = x.aminmax()
+    if not (low > -LARGEST and high < LARGEST):  # also where either is NaN
+        bad = len(x) - int((x.abs() < LARGEST).all(1).sum())
+        raise UserError(
+            f"{bad} of {len(x)} {side} embeddings are not finite (or above {LARGEST:.0e}); lower the learning rate, "
+            "or use fp32 instead of fp16."
+        )
+    return x
+
+
+def _integers(x: Tensor) -> Tensor:
+    return torch.as_tensor(x).detach().to("cpu", torch.int64)
+
+
+def _check_shapes(query: Tensor, gallery: Tensor, of_query: tuple[Tensor, ...], of_gallery: tuple[Tensor, ...]) -> None:
+    if query.shape[1] != gallery.shape[1]:
+        raise UserError(
+            f"the query embeddings have {query.shape[1]} dimensions, the gallery's {gallery.shape[1]}; "
+            "embed both with one network."
+        )
+    for vectors, columns in ((query, of_query), (gallery, of_gallery)):
+        if any(column.shape != (len(vectors),) for column in columns):
+            raise ValueError("labels and ids have one entry per embedding.")
+
+
+def _search_with(name: str) -> Callable[[Tensor, int], Search]:
+    searches = {"faiss": _faiss_search, "torch": _torch_search}
+    if name not in searches:
+        raise one_of("search back end", name, list(searches))
+    return searches[name]
+
+
+def _faiss_search(gallery: Tensor, count: int) -> Search:
+    faiss = _faiss()
+    if faiss is None:
+        raise UserError("faiss cannot be imported here; pip install faiss-cpu, or search with torch.")
+    faiss.omp_set_num_threads(torch.get_num_threads())
+    base = gallery.numpy()
+    return lambda queries: torch.from_numpy(faiss.knn(queries.numpy(), base, count)[1])
+
+
+def _torch_search(gallery: Tensor, count: int) -> Search:
+    squares = gallery.square().sum(1)
+    rows = max(1, TILE // len(gallery))
+
+    def nearest(queries: Tensor) -> Tensor:
+        far = torch.addmm(squares, queries, gallery.T, alpha=-2)  # |q|^2 does not change the order
+        edges, near = far.topk(count, largest=False, sorted=True)
+        edge = edges[:, -1:]
+        crowded = ((far <= edge).sum(1) > count).nonzero()[:, 0]  # topk chose among equal ones as it liked
+        if len(crowded):
+            far, edge = far[crowded], edge[crowded]
+            ties = far == edge
+            wanted = count - (far < edge).sum(1, keepdim=True)
+            chosen = (far < edge) | (ties & (ties.cumsum(1) <= wanted))
+            near[crowded] = chosen.nonzero()[:, 1].view(-1, count)
+        return near
+
+    return lambda queries: torch.cat([nearest(part) for part in queries.split(rows)])
+
+
+def _distances(query: Tensor, gallery: Tensor, rows: Tensor) -> Tensor:
+    """(B, M) distances between (B, D) queries and the gallery's (B, M) rows, from the differences themselves."""
+    step = max(1, RESCORE_TILE // (rows.shape[1] * gallery.shape[1]))
+    parts = zip(query.split(step), rows.split(step), strict=True)
+    return torch.cat([torch.linalg.vector_norm(gallery[near] - q[:, None], dim=2) for q, near in parts])
