@@ -105,7 +105,7 @@ class Omniglot:
 
     seeds = range(5)
     normalised = True
-    rates = {"teacher": 3e-3, "triplet": 1e-2, "distilled": 1e-2}
+    rates = {"teacher": 3e-3, "triplet": 3e-2, "distilled": 3e-2}
     grid = {"teacher": (1e-3, 3e-3, 1e-2), "triplet": (3e-3, 1e-2, 3e-2), "distilled": (3e-3, 1e-2, 3e-2)}
     losses = {"triplet": TRIPLET, "distilled": (*TRIPLET, *RKD_DA)}
 
@@ -129,7 +129,7 @@ class Cifar100:
 
     seeds = range(3)
     normalised = False
-    rates = {"teacher": 1e-3, "triplet": 3e-4, "distilled": 3e-3}
+    rates = {"teacher": 3e-4, "triplet": 1e-3, "distilled": 1e-2}
     grid = {"teacher": (3e-4, 1e-3, 3e-3), "triplet": (1e-4, 3e-4, 1e-3, 3e-3), "distilled": (1e-3, 3e-3, 1e-2)}
     losses = {"triplet": TRIPLET, "distilled": RKD_DA}
 

@@ -30,12 +30,12 @@ TEACHER = f"{COMMON} --base resnet8_x2:stem_stride=2 --embedding_size 128 --lr 3
 STUDENT = f"{COMMON} --base resnet8_x0.5:stem_stride=2 --embedding_size 16 --lr 1e-2"
 RUNS = {
     "teacher": ("run.py", "Teacher", "teacher", f"{TEACHER} --epochs 6"),
-    "alone": ("run.py", "Student without a teacher", "alone", f"{STUDENT} --epochs 4 --loss {TRIPLET}"),
+    "alone": ("run.py", "Student without a teacher", "alone", f"{STUDENT} --epochs 6 --loss {TRIPLET}"),
     "distilled": (
         "run_distill.py",
         "Student, distilled",
         "distilled",
-        f"{STUDENT} --epochs 4 --teacher_load {{out}}/teacher --loss {TRIPLET} --loss rkd_distance:1 --loss rkd_angle:2",
+        f"{STUDENT} --epochs 6 --teacher_load {{out}}/teacher --loss {TRIPLET} --loss rkd_distance:1 --loss rkd_angle:2",
     ),
 }
 

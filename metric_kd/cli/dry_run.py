@@ -10,7 +10,7 @@ import torch
 
 from metric_kd.cli.config import default_save_dir
 from metric_kd.cli.parse import parse
-from metric_kd.cli.session import build, make_batches, make_settings, make_task
+from metric_kd.cli.session import Session, build, make_batches, make_settings, make_task
 from metric_kd.engine.memory import peak_memory
 from metric_kd.engine.optimisation import make_optimizer
 from metric_kd.engine.run_directory import RunDirectory
@@ -51,6 +51,13 @@ def _measure(command: str, arguments: list[str], pipe: Connection) -> None:
 
 def _one_step(command: str, arguments: list[str]) -> dict[str, Any]:
     session = build(parse(command, arguments))
+    try:
+        return _measured(command, session)
+    finally:
+        session.close()
+
+
+def _measured(command: str, session: Session) -> dict[str, Any]:
     run = RunDirectory(session.config.save_dir or default_save_dir(command, session.config))
     run.check_writable()
     task = make_task(session)

@@ -1,4 +1,4 @@
-"""`run.py --mode eval` and `metric-kd eval`: Recall@K of a checkpoint on unseen classes; writes nothing."""
+"""`run.py --mode eval` and `metric-kd eval RUN`: Recall@K of a checkpoint on unseen classes; writes nothing."""
 
 from collections.abc import Sequence
 
@@ -7,6 +7,8 @@ from metric_kd.cli.session import build, make_evaluate
 
 
 def main(arguments: Sequence[str], program: str | None = None) -> int:
+    if arguments and not arguments[0].startswith("-"):
+        arguments = ["--load", *arguments]
     evaluate(parse("train", ["--mode", "eval", *arguments], program or "metric-kd eval"))
     return 0
 
@@ -16,7 +18,10 @@ def evaluate(parsed: Parsed) -> dict[str, float]:
     session = build(parsed)
     for note in session.notes:
         print(note)
-    metrics = make_evaluate(session, session.test)(session.student)
+    try:
+        metrics = make_evaluate(session, session.test)(session.student)
+    finally:
+        session.close()
     for k in session.config.recall:
         print(f"Recall@{k}: {100 * metrics[f'recall@{k}']:.4f}")
     return metrics

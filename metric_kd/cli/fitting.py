@@ -14,6 +14,7 @@ from metric_kd.engine.checkpoint import read_checkpoint, write_text
 from metric_kd.engine.logging import TensorBoard
 from metric_kd.engine.run_directory import RunDirectory
 from metric_kd.engine.trainer import Trainer
+from metric_kd.errors import UserError
 
 
 def fit(command: str, parsed: Parsed) -> dict[str, float]:
@@ -37,7 +38,10 @@ def fit(command: str, parsed: Parsed) -> dict[str, float]:
                 run.clear()
             run.open(config)
         distributed.barrier()
-        return _fit(session, run, task, batches, config)
+        try:
+            return _fit(session, run, task, batches, config)
+        finally:
+            session.close()
 
 
 def _fit(session: Session, run: RunDirectory, task: Any, batches: Any, config: dict[str, Any]) -> dict[str, float]:
@@ -64,6 +68,11 @@ def _fit(session: Session, run: RunDirectory, task: Any, batches: Any, config: d
     for note in session.notes:
         say(note)
     if trainer.resume():
+        if trainer.epoch - 1 > session.config.epochs:
+            raise UserError(
+                f"{run.path} has trained {trainer.epoch - 1} epochs, more than --epochs {session.config.epochs}; "
+                "give another --save_dir."
+            )
         say(f"resuming {run.path} at epoch {trainer.epoch}, step {trainer.iteration} of it")
     else:
         say(f"training into {run.path}")

@@ -26,7 +26,7 @@ from metric_kd.engine.tasks import Embedding
 from metric_kd.errors import UserError
 from metric_kd.evaluation.embed import embed
 from metric_kd.evaluation.retrieval import check_ks, evaluate_retrieval, gallery_size
-from metric_kd.losses.objective import Objective, require_provided
+from metric_kd.losses.objective import LossSpec, Objective, option_names, require_provided
 from metric_kd.models import default_pixels, load_pretrained
 from metric_kd.models.backbone import Pixels
 from metric_kd.models.network import Network, NetworkSpec, build_network, load_weights
@@ -47,8 +47,14 @@ class Session:
     """What a user should know before the run starts: what was loaded, left out, skipped."""
 
     @property
-    def losses(self) -> "list[Any]":
+    def losses(self) -> list[LossSpec]:
         return losses_of(self.config)
+
+    def close(self) -> None:
+        """End the processes that decode images."""
+        for loader in (self.train, self.test, self.validation):
+            if loader is not None:
+                loader.close()
 
 
 def checked(parsed: Parsed) -> Parsed:
@@ -119,6 +125,7 @@ def make_batches(session: Session) -> ClassBalancedBatches:
         config.seed,
         rank=distributed.rank(),
         world=distributed.world_size(),
+        pairs=any("sample" in option_names(loss.name) for loss in session.losses),
         class_names=session.train.records.class_names,
     )
 

@@ -67,8 +67,10 @@ class RunDirectory:
         return content if isinstance(content, dict) else None
 
     def open(self, config: dict[str, Any]) -> None:
-        """Create the directory and write its config."""
+        """Create the directory, sweep out what a killed process left half-written, and write the config."""
         self.path.mkdir(parents=True, exist_ok=True)
+        for half_written in self.path.glob(".*.part"):
+            half_written.unlink()
         write_text(self.config, yaml.safe_dump(config, sort_keys=False))
 
     def clear(self) -> None:
