@@ -1,6 +1,6 @@
 """Distil between two modules of your own: the losses are functions of tensors, and hooks fetch what lies inside.
 
-    python examples/distil_any_module.py
+python examples/distil_any_module.py
 """
 
 import torch

@@ -56,6 +56,18 @@ def command(script: str, *flags: object, cwd: Path = ROOT) -> subprocess.Complet
     )
 
 
+def start(arguments: list[str]) -> subprocess.Popen:
+    """run.py in a process of its own, which a test may kill; what it says comes through ``stdout``."""
+    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+    return subprocess.Popen(
+        [sys.executable, "run.py", *arguments],
+        cwd=ROOT,
+        env=environment,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+    )
+
+
 @pytest.fixture(scope="session")
 def teacher_run(image_folder, tmp_path_factory) -> Path:
     """A tiny trained teacher."""

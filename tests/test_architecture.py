@@ -6,13 +6,14 @@ import sys
 from pathlib import Path
 
 PACKAGE = Path(__file__).resolve().parent.parent / "metric_kd"
-GROUND = {"errors", "types", "registry", "distances", "distributed"}
+GROUND = {"errors", "types", "registry", "distances", "distributed", "devices"}
 MAY_IMPORT = {
     "errors": set(),
     "types": set(),
     "registry": {"errors"},
     "distances": {"errors", "types"},
     "distributed": {"errors"},
+    "devices": {"errors", "distributed"},
     "data": GROUND,
     "models": GROUND,
     "losses": GROUND | {"data", "models"},

@@ -1,28 +1,28 @@
 """Kill a run many times at random moments and compare its weights with those of a run left alone: `make torture`."""
 
 import argparse
-import os
 import random
 import signal
 import subprocess
 import sys
 import tempfile
-import time
 from pathlib import Path
 
-from conftest import ROOT, TINY, write_images
+from conftest import TINY, start, write_images
 from tqdm import tqdm
 
 
-def start(arguments: list[str]) -> subprocess.Popen:
-    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
-    return subprocess.Popen(
-        [sys.executable, "run.py", *arguments],
-        cwd=ROOT,
-        env=environment,
-        stdout=subprocess.DEVNULL,
-        stderr=subprocess.PIPE,
-    )
+def finish(arguments: list[str], seconds: float | None = None) -> bool:
+    """Run to the end, or kill after ``seconds``; whether it came to its end. An exit with an error is a failure here."""
+    process = start(arguments)
+    try:
+        output, _ = process.communicate(timeout=seconds)
+    except subprocess.TimeoutExpired:
+        process.send_signal(signal.SIGKILL)
+        process.communicate()
+        return False
+    assert process.returncode == 0, output.decode()
+    return True
 
 
 def main() -> int:
@@ -33,28 +33,15 @@ def main() -> int:
     generator = random.Random(options.seed)
     with tempfile.TemporaryDirectory() as folder:
         data = write_images(Path(folder) / "images", classes=8, per_class=8)
-        steps = ["--epochs", str(4 * options.kills), "--iter_per_epoch", "25", "--save_minutes", "0.001"]
+        # Long enough that it cannot come to its end before the last kill; a checkpoint about every second step.
+        steps = ["--epochs", str(16 * options.kills), "--iter_per_epoch", "25", "--save_minutes", "0.0005"]
         common = [*TINY, "--data", str(data), *steps, "--loss", "l2_triplet:1,sample=distance"]
         whole, broken = Path(folder) / "whole", Path(folder) / "broken"
-        process = start([*common, "--save_dir", str(whole)])
-        assert process.wait() == 0, process.stderr.read().decode()
-        killed = 0
-        with tqdm(total=options.kills, desc="kills") as bar:
-            while killed < options.kills:
-                process = start([*common, "--save_dir", str(broken)])
-                try:
-                    # a tenth of the kills fall into the start-up, the rest after it
-                    assert process.wait(timeout=generator.uniform(0.5, 8.0)) == 0, process.stderr.read().decode()
-                    break  # it finished before the kill
-                except subprocess.TimeoutExpired:
-                    process.send_signal(signal.SIGKILL)
-                    process.wait()
-                    killed += 1
-                    bar.update()
-        started = time.monotonic()
-        process = start([*common, "--save_dir", str(broken)])
-        assert process.wait() == 0, process.stderr.read().decode()
-        print(f"{killed} kills; the last stretch took {time.monotonic() - started:.0f} s")
+        for _ in tqdm(range(options.kills), desc="kills"):
+            early = finish([*common, "--save_dir", str(broken)], seconds=generator.uniform(1.0, 8.0))
+            assert not early, "the run came to its end before the kills did; raise its epochs"
+        for run in tqdm((broken, whole), desc="runs to the end"):
+            assert finish([*common, "--save_dir", str(run)])
         return compare(whole, broken)
 
 

@@ -103,9 +103,13 @@ class DistillConfig(RunConfig):
 COMMANDS: dict[str, type[RunConfig]] = {"train": TrainConfig, "distill": DistillConfig}
 
 
+NETWORK_FIELDS = ("base", "embedding_size", "l2normalize", "input_size")
+"""What describes a network; with the prefix teacher_ the teacher."""
+
+
 def to_dict(config: RunConfig) -> dict[str, Any]:
-    """Plain values, as config.yaml stores them."""
-    return asdict(config)
+    """Plain values, as config.yaml stores them: what repeats the run, without what says how this start treats it."""
+    return {key: value for key, value in asdict(config).items() if key not in ("resume", "dry_run")}
 
 
 def known_keys(command: str) -> list[str]:

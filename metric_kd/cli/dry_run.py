@@ -8,12 +8,12 @@ from typing import Any
 
 import torch
 
-from metric_kd.cli.config import default_save_dir
+from metric_kd.cli.config import default_save_dir, to_dict
 from metric_kd.cli.parse import parse
-from metric_kd.cli.session import Session, build, make_batches, make_settings, make_task
-from metric_kd.engine.memory import peak_memory
-from metric_kd.engine.optimisation import make_optimizer
+from metric_kd.cli.session import Session, build, checked, make_batches, make_settings, make_task
+from metric_kd.engine.memory import peak_memory, reset_peak_memory
 from metric_kd.engine.run_directory import RunDirectory
+from metric_kd.engine.trainer import Trainer
 from metric_kd.errors import UserError
 
 MIB = 2**20
@@ -47,41 +47,45 @@ def _measure(command: str, arguments: list[str], pipe: Connection) -> None:
         pipe.send(_one_step(command, arguments))
     except UserError as error:
         pipe.send({"error": str(error)})
+    except Exception as error:  # to the parent, which is where the user looks
+        pipe.send({"error": f"the trial step failed with {error!r}; the run itself would fail in the same way."})
 
 
 def _one_step(command: str, arguments: list[str]) -> dict[str, Any]:
-    session = build(parse(command, arguments))
+    parsed = checked(parse(command, arguments))
+    run = RunDirectory(parsed.config.save_dir or default_save_dir(command, parsed.config))
+    run.check_writable()
+    if parsed.config.resume == "auto":
+        run.check_config(to_dict(parsed.config))
+    session = build(parsed)
     try:
-        return _measured(command, session)
+        cost = _measured(session)
     finally:
         session.close()
-
-
-def _measured(command: str, session: Session) -> dict[str, Any]:
-    run = RunDirectory(session.config.save_dir or default_save_dir(command, session.config))
-    run.check_writable()
-    task = make_task(session)
-    order = make_batches(session).epoch(1)
-    optimizer = make_optimizer(make_settings(session.config), task.parameters())
-    before = peak_memory()
-    started = time.perf_counter()
-    batch = next(iter(session.train.train(order[:1], 1))).to(session.device)
-    task.train()
-    loss, values = task(batch)
-    loss.backward()
-    optimizer.step()
-    text = ", ".join(f"{name} {float(value):.4f}" for name, value in values.items())
-    seconds = time.perf_counter() - started
-    peak = peak_memory()
     train, test = session.train.records, session.test.records
-    on_device = ""
-    if session.device.type == "cuda":
-        on_device = f", {torch.cuda.max_memory_allocated(session.device) / MIB:.0f} MiB on the device"
-    summary = (
-        f"data: {len(train)} training images of {train.num_classes} classes, {len(test)} test images of {test.num_classes}\n"
-        f"losses: {', '.join(session.config.loss or [])} ({text})\n"
-        f"one step: {seconds:.2f} s (the first; later ones are faster), peak memory {peak / MIB:.0f} MiB of the process, "
-        f"{(peak - before) / MIB:.0f} MiB of it for the step{on_device}\n"
-        f"nothing was trained; the run would write {run.path}"
+    sizes = (
+        f"{len(train)} training images of {train.num_classes} classes, {len(test)} test images of {test.num_classes}"
     )
-    return {"summary": summary, "notes": session.notes, "seconds": seconds, "peak": peak}
+    summary = f"data: {sizes}\n{cost}\nnothing was trained; the run would write {run.path}"
+    return {"summary": summary, "notes": session.notes}
+
+
+def _measured(session: Session) -> str:
+    """One step as the trainer takes it, and what it cost, in words."""
+    task = make_task(session)
+    settings = make_settings(session.config)
+    order = make_batches(session).epoch(1)
+    trainer = Trainer(task, settings, RunDirectory("."), session.train, make_batches(session), session.device)
+    batch = next(iter(session.train.train(order[:1], 1))).to(session.device)
+    before = reset_peak_memory()
+    started = time.perf_counter()
+    values = trainer.trial_step(batch)
+    seconds, peak = time.perf_counter() - started, peak_memory()
+    text = ", ".join(f"{name} {value:.4f}" for name, value in values.items())
+    step = f", {(peak - before) / MIB:.0f} MiB of it for the step" if before is not None else ""
+    if session.device.type == "cuda":
+        step += f", {torch.cuda.max_memory_allocated(session.device) / MIB:.0f} MiB on the device"
+    return (
+        f"losses: {', '.join(session.config.loss or [])} ({text})\n"
+        f"one step: {seconds:.2f} s (the first; later ones are faster), peak memory {peak / MIB:.0f} MiB of the process{step}"
+    )

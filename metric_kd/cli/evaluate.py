@@ -3,7 +3,7 @@
 from collections.abc import Sequence
 
 from metric_kd.cli.parse import Parsed, parse
-from metric_kd.cli.session import build, make_evaluate
+from metric_kd.cli.session import build, checked, make_evaluate
 
 
 def main(arguments: Sequence[str], program: str | None = None) -> int:
@@ -15,8 +15,11 @@ def main(arguments: Sequence[str], program: str | None = None) -> int:
 
 def evaluate(parsed: Parsed) -> dict[str, float]:
     """Print and return {"recall@K": fraction} of the network in --load."""
-    session = build(parsed)
-    for note in session.notes:
+    session = build(checked(parsed))
+    for note in (
+        *session.notes,
+        f"{session.config.load} on {session.config.dataset} ({len(session.test.records)} images)",
+    ):
         print(note)
     try:
         metrics = make_evaluate(session, session.test)(session.student)

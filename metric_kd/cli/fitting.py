@@ -9,39 +9,38 @@ from tqdm import tqdm
 from metric_kd import distributed
 from metric_kd.cli.config import default_save_dir, to_dict
 from metric_kd.cli.parse import Parsed
-from metric_kd.cli.session import Session, build, make_batches, make_evaluate, make_settings, make_task
+from metric_kd.cli.session import Session, build, checked, make_batches, make_evaluate, make_settings, make_task
 from metric_kd.engine.checkpoint import read_checkpoint, write_text
 from metric_kd.engine.logging import TensorBoard
+from metric_kd.engine.reproducibility import weights_digest
 from metric_kd.engine.run_directory import RunDirectory
 from metric_kd.engine.trainer import Trainer
-from metric_kd.errors import UserError
 
 
 def fit(command: str, parsed: Parsed) -> dict[str, float]:
     """Run a training or distillation from its config to its result; returns the final metrics (fractions)."""
-    session = build(parsed)
-    config = to_dict(session.config)
-    run = RunDirectory(session.config.save_dir or default_save_dir(command, session.config))
-    fresh = session.config.resume == "never"
+    parsed = checked(parsed)
+    config = to_dict(parsed.config)
+    run = RunDirectory(parsed.config.save_dir or default_save_dir(command, parsed.config))
+    fresh = parsed.config.resume == "never"
     run.check_writable()
     if not fresh:
         run.check_config(config)
-    finished = run.finished(session.config.epochs) if not fresh else None
-    if finished is not None:
-        say(f"{run.path} is finished:\n{finished}")
-        return dict(run.card_content()["metrics"]["best"])
-    task = make_task(session)
-    batches = make_batches(session)
-    with run.locked() if distributed.is_main() else nullcontext():
-        if distributed.is_main():
-            if fresh:
+        finished = run.finished(parsed.config.epochs)
+        if finished is not None:
+            say(f"{run.path} is finished:\n{finished}")
+            return dict(run.card_content()["metrics"]["best"])
+    session = build(parsed)
+    try:
+        task = make_task(session)
+        batches = make_batches(session)
+        with run.locked() if distributed.is_main() else nullcontext():
+            if distributed.is_main() and fresh:
                 run.clear()
-            run.open(config)
-        distributed.barrier()
-        try:
+            distributed.barrier()
             return _fit(session, run, task, batches, config)
-        finally:
-            session.close()
+    finally:
+        session.close()
 
 
 def _fit(session: Session, run: RunDirectory, task: Any, batches: Any, config: dict[str, Any]) -> dict[str, float]:
@@ -65,17 +64,20 @@ def _fit(session: Session, run: RunDirectory, task: Any, batches: Any, config: d
         eval_every=session.config.eval_every,
         config=config,
     )
+    trainer.environment |= {"data": session.train.records.fingerprint()}
+    if session.teacher is not None:
+        trainer.environment["teacher"] = weights_digest(session.teacher)
     for note in session.notes:
         say(note)
+    extended = (run.stored_config() or {}).get("epochs", session.config.epochs) < session.config.epochs
     if trainer.resume():
-        if trainer.epoch - 1 > session.config.epochs:
-            raise UserError(
-                f"{run.path} has trained {trainer.epoch - 1} epochs, more than --epochs {session.config.epochs}; "
-                "give another --save_dir."
-            )
         say(f"resuming {run.path} at epoch {trainer.epoch}, step {trainer.iteration} of it")
+        if extended and session.config.schedule == "cosine":
+            say("more epochs than before: the cosine schedule is another one from here on")
     else:
         say(f"training into {run.path}")
+    if distributed.is_main():
+        run.open(config)
     board = TensorBoard.if_installed(run.path / "tensorboard", trainer.epoch) if distributed.is_main() else None
     trainer.observers = [board] if board is not None else []
     trainer.fit()
@@ -83,12 +85,12 @@ def _fit(session: Session, run: RunDirectory, task: Any, batches: Any, config: d
 
 
 def _finish(session: Session, run: RunDirectory, trainer: Trainer, on_validation: bool) -> dict[str, float]:
-    """Write best.pth, card.json and, last of all, result.txt."""
+    """Write best.pth, result.txt and, last of all, card.json."""
     metrics: dict[str, float] = {}
     if distributed.is_main():
         keys = [f"recall@{k}" for k in session.config.recall]
         on_test = make_evaluate(session, session.test)
-        record = run.history()[-1]
+        record = (run.history() or [{}])[-1]
         final = {key: record[key] for key in keys} if keys[0] in record else on_test(trainer.task.student)
         best, chosen = final, "last epoch"
         if on_validation:
@@ -119,8 +121,8 @@ def _finish(session: Session, run: RunDirectory, trainer: Trainer, on_validation
             "selection": chosen,
             "metrics": {"best": best, "final": final},
         }
-        write_text(run.card, json.dumps(card, indent=2) + "\n")
         write_text(run.result, "\n".join(lines) + "\n")
+        write_text(run.card, json.dumps(card, indent=2) + "\n")
         say("\n".join(lines))
         say(f"wrote {run.best}")
         metrics = best

@@ -1,5 +1,6 @@
 """The console script, and what turns an exception into a sentence and an exit status."""
 
+import errno
 import importlib
 import sys
 from collections.abc import Callable, Sequence
@@ -45,10 +46,20 @@ def run(command: Callable[[Sequence[str], str | None], int], arguments: Sequence
         print(f"error: {error}", file=sys.stderr)
         return 2
     except Interrupted as stop:
-        print(f"stopped by {stop}; everything is saved, the same command goes on.", file=sys.stderr)
+        never = "resume" in " ".join(arguments)
+        how = "the same command with --resume auto goes on" if never else "the same command goes on"
+        print(f"stopped by {stop}; everything is saved, {how}.", file=sys.stderr)
         return 128 + stop.signum
     except KeyboardInterrupt:
-        print("stopped; the same command goes on from the last checkpoint.", file=sys.stderr)
+        print("stopped.", file=sys.stderr)
         return 130
+    except OSError as error:
+        if error.errno not in (errno.ENOSPC, errno.EDQUOT, errno.EACCES, errno.EROFS):
+            raise
+        print(
+            f"error: {error.strerror}: {error.filename or 'a file of the run'}; make room or permit it.",
+            file=sys.stderr,
+        )
+        return 2
     finally:
         distributed.stop()

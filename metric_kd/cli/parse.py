@@ -10,7 +10,7 @@ from typing import Any, NamedTuple
 
 import yaml
 
-from metric_kd.cli.config import COMMANDS, RunConfig, known_keys
+from metric_kd.cli.config import COMMANDS, NETWORK_FIELDS, RunConfig, known_keys
 from metric_kd.errors import UserError, one_of
 
 
@@ -28,31 +28,34 @@ def presets() -> list[str]:
 
 
 def parse(command: str, arguments: Sequence[str], program: str | None = None) -> Parsed:
-    """Defaults, then --preset, then --config, then the flags; the later wins."""
-    tokens = [underscored(token) for token in arguments]
+    """Defaults, then --preset, then --config, then the flags; the later wins.
+
+    What a file says is turned into flags, so that one parser checks all values alike.
+    """
+    tokens = _explicit_booleans(command, [underscored(token) for token in arguments])
     _check_flags(command, tokens)
-    parser = _parser(command, program)
-    values: dict[str, Any] = {}
+    from_files: dict[str, Any] = {}
     for name in _values_of(tokens, "--preset"):
         if name not in presets():
             raise one_of("preset", name, presets())
         text = resources.files("metric_kd.presets").joinpath(f"{name}.yaml").read_text()
-        values |= _from_yaml(command, text, f"preset {name}")
+        from_files |= _from_yaml(command, text, f"preset {name}")
     for path in _values_of(tokens, "--config"):
         if not Path(path).is_file():
             raise UserError(f"--config {path} does not exist; check the path.")
-        values |= _from_yaml(command, Path(path).read_text(), path)
-    try:
-        parser.set_defaults(dict(values))
-        namespace = parser.parse_args(tokens)
-    except (argparse.ArgumentError, TypeError, ValueError) as error:
-        raise UserError(_one_sentence(error)) from None
-    chosen = {key: getattr(namespace, key) for key in known_keys(command)}
+        from_files |= _from_yaml(command, Path(path).read_text(), path)
     flags = {token[2:].split("=")[0] for token in tokens if token.startswith("--")}
-    if namespace.loss is not None and "loss" in values and "loss" in flags:
-        chosen["loss"] = namespace.loss[len(values["loss"]) :] or namespace.loss  # flags replace, they do not append
-    given = frozenset(flags | set(values)) & set(chosen)
-    return Parsed(COMMANDS[command](**chosen), given)
+    for key in ("loss", "plugins"):  # repeatable flags replace those of a file, they do not add to them
+        if key in flags:
+            from_files.pop(key, None)
+    try:
+        namespace = _parser(command, program).parse_args([*_as_flags(command, from_files), *tokens])
+    except (argparse.ArgumentError, TypeError, ValueError) as error:
+        raise UserError(one_sentence(error)) from None
+    config = COMMANDS[command](**{key: getattr(namespace, key) for key in known_keys(command)})
+    # A file describes the network of its own --load; with another --load, what it says of the network is no contradiction.
+    stale = {f"{prefix}{field}" for prefix in ("", "teacher_") if f"{prefix}load" in flags for field in NETWORK_FIELDS}
+    return Parsed(config, (flags | (set(from_files) - stale)) & set(known_keys(command)))
 
 
 def underscored(token: str) -> str:
@@ -62,7 +65,7 @@ def underscored(token: str) -> str:
 
 
 def _check_flags(command: str, tokens: Sequence[str]) -> None:
-    known = [*known_keys(command), "config", "preset", "help", "print_config"]
+    known = [*known_keys(command), "config", "preset", "help"]
     for token in tokens:
         if token.startswith("--"):
             name = token[2:].split("=")[0]
@@ -91,29 +94,56 @@ def _from_yaml(command: str, text: str, where: str) -> dict[str, Any]:
     for key in content:
         if key not in known_keys(command):
             raise one_of(f"key in {where}:", key, known_keys(command))
-    for key, value in content.items():
-        if isinstance(value, str) and _is_number_field(command, key):
-            content[key] = yaml.safe_load(re.sub(r"^([+-]?\d+)[eE]", r"\1.0e", value))
-            content[key] = float(value) if isinstance(content[key], str) and _is_float(value) else content[key]
-    if content.get("loss") is not None:
-        from metric_kd.losses.objective import parse_loss
-
-        losses = content["loss"] if isinstance(content["loss"], list) else [content["loss"]]
-        content["loss"] = [loss if isinstance(loss, str) else str(parse_loss(loss)) for loss in losses]
     return content
 
 
-def _is_number_field(command: str, key: str) -> bool:
-    kind = {f.name: f.type for f in dataclasses.fields(COMMANDS[command])}[key]
-    return kind in (float, int)
+def _as_flags(command: str, values: dict[str, Any]) -> list[str]:
+    """The flags that say what a YAML map says; null stands for the default where there is no value by default."""
+    kinds = {field.name: field for field in dataclasses.fields(COMMANDS[command])}
+    tokens: list[str] = []
+    for key, value in values.items():
+        several = "list" in str(kinds[key].type)
+        if value is None:
+            if "None" not in str(kinds[key].type):
+                raise UserError(f"{key} is null; give it a value or leave it out.")
+        elif not several:
+            if isinstance(value, list | dict):
+                raise UserError(f"{key} takes one value, not {value!r}.")
+            tokens.append(f"--{key}={_text(value)}")
+        elif key in REPEATED:
+            entries = value if isinstance(value, list) else [value]
+            tokens += [f"--{key}={_loss_text(entry) if key == 'loss' else _text(entry)}" for entry in entries]
+        else:
+            tokens += [f"--{key}", *(_text(entry) for entry in (value if isinstance(value, list) else [value]))]
+    return tokens
 
 
-def _is_float(text: str) -> bool:
-    try:
-        float(text)
-    except ValueError:
-        return False
-    return True
+REPEATED = ("loss", "plugins")
+"""Flags that are given once per entry."""
+
+
+def _text(value: Any) -> str:
+    return str(value).lower() if isinstance(value, bool) else str(value)
+
+
+def _loss_text(loss: Any) -> str:
+    """{name: st, weight: 0.1, temperature: 4} as st:0.1,temperature=4; what the names mean is checked later."""
+    if isinstance(loss, str):
+        return loss
+    if not isinstance(loss, dict) or "name" not in loss:
+        raise UserError(f"a loss in YAML is a map with a name, as in {{name: rkd_distance, weight: 1}}; got {loss!r}.")
+    weight = f":{loss['weight']}" if loss.get("weight") is not None else ""
+    options = [f"{key}={_text(value)}" for key, value in loss.items() if key not in ("name", "weight")]
+    return ",".join([f"{loss['name']}{weight}", *options])
+
+
+def _explicit_booleans(command: str, tokens: Sequence[str]) -> list[str]:
+    """--dry_run alone means --dry_run=true."""
+    switches = {f"--{field.name}" for field in dataclasses.fields(COMMANDS[command]) if field.type is bool}
+    return [
+        f"{token}=true" if token in switches and after.startswith("--") else token
+        for token, after in zip(tokens, [*tokens[1:], "--"], strict=False)
+    ]
 
 
 def _parser(command: str, program: str | None) -> Any:
@@ -128,16 +158,17 @@ def _parser(command: str, program: str | None) -> Any:
     for key in dataclasses.fields(kind):
         default = key.default_factory() if key.default is dataclasses.MISSING else key.default  # type: ignore[misc]
         options: dict[str, Any] = {"default": default, "help": key.metadata["help"]}
-        if key.name in ("loss", "plugins"):
+        if key.name in REPEATED:
             parser.add_argument(f"--{key.name}", type=str, action="append", **options)
         elif key.type == list[int]:
-            parser.add_argument(f"--{key.name}", type=int, nargs="+", **options)
+            parser.add_argument(f"--{key.name}", type=int, nargs="*", **options)
         else:
             parser.add_argument(f"--{key.name}", type=key.type, **options)
     return parser
 
 
-def _one_sentence(error: Exception) -> str:
+def one_sentence(error: Exception) -> str:
+    """A parser's complaint in one line, in the words of the flags."""
     text = " ".join(str(error).split())
     text = re.sub(r'(?:Parser key|argument) "?-*(\w+)"?(?: element \d+)?:', r"--\1:", text)
     text = (

@@ -9,25 +9,27 @@ import torch
 from torch import nn
 
 from metric_kd import distributed
-from metric_kd.cli.config import DistillConfig, RunConfig, TrainConfig
+from metric_kd.cli.config import NETWORK_FIELDS, DistillConfig, RunConfig, TrainConfig
 from metric_kd.cli.losses import fold, losses_of
 from metric_kd.cli.parse import Parsed
 from metric_kd.cli.plugins import load_plugins
-from metric_kd.cli.validate import validate
+from metric_kd.cli.validate import is_number, validate
 from metric_kd.data import load_dataset
 from metric_kd.data.batches import ClassBalancedBatches
 from metric_kd.data.loading import ImageLoader
 from metric_kd.data.records import ImageRecords, Splits, hold_out_classes
 from metric_kd.data.transforms import Geometry
+from metric_kd.devices import choose_device
 from metric_kd.engine.checkpoint import read_checkpoint, restore_network
 from metric_kd.engine.optimisation import Settings
 from metric_kd.engine.reproducibility import deterministic_algorithms
+from metric_kd.engine.run_directory import RunDirectory
 from metric_kd.engine.tasks import Embedding
 from metric_kd.errors import UserError
 from metric_kd.evaluation.embed import embed
 from metric_kd.evaluation.retrieval import check_ks, evaluate_retrieval, gallery_size
 from metric_kd.losses.objective import LossSpec, Objective, option_names, require_provided
-from metric_kd.models import default_pixels, load_pretrained
+from metric_kd.models import check_base, default_pixels, load_pretrained
 from metric_kd.models.backbone import Pixels
 from metric_kd.models.network import Network, NetworkSpec, build_network, load_weights
 
@@ -58,34 +60,34 @@ class Session:
 
 
 def checked(parsed: Parsed) -> Parsed:
-    """The folded config, or ``UserError`` with the first thing that is wrong with it."""
+    """The config with everything that can be known without data filled in: one list of losses, the checkpoints' networks,
+    input sizes. Raises ``UserError`` with the first thing that is wrong with it.
+    """
     load_plugins(parsed.config.plugins)
-    config = _with_checkpoint_specs(fold(parsed.config), parsed.given)
+    config = with_checkpoints(fold(parsed.config), parsed.given)
     sentences = validate(config)
     if sentences:
         raise UserError(sentences[0])
+    config = replace(config, input_size=check_base(config.base, config.input_size))
+    if isinstance(config, DistillConfig):
+        config = replace(config, teacher_input_size=check_base(config.teacher_base, config.teacher_input_size))
     return Parsed(config, parsed.given)
 
 
 def build(parsed: Parsed) -> Session:
-    """Data, then networks; every refusal comes before anything is written."""
-    config, given = checked(parsed)
+    """Data, then networks, from a checked config; every refusal comes before anything is written."""
+    config, given = parsed
     device = choose_device(config.device)
     distributed.start(device)
     if config.deterministic:
         deterministic_algorithms()
     notes: list[str] = []
     teacher = _teacher(config, given)
-    evaluating = isinstance(config, TrainConfig) and config.mode == "eval"
+    evaluating = is_evaluation(config)
     splits = load_dataset(config.dataset, config.data, train_classes=_train_classes(config.train_classes))
     torch.manual_seed(config.seed)
-    student = _student(config, given, splits.train, notes, evaluating)
-    config = replace(config, input_size=student.spec.input_size)
-    teacher_size = None
-    if teacher is not None and isinstance(config, DistillConfig):
-        teacher_size = config.teacher_input_size or teacher.spec.input_size
-        config = replace(config, teacher_input_size=teacher_size)
-    train, validation, test = _loaders(config, splits, teacher_size, evaluating)
+    student = _student(config, given, splits.train, notes)
+    train, validation, test = _loaders(config, splits, evaluating)
     for loader in (train, validation, test):
         if loader is not None and loader.skipped:
             notes.append(f"skipped {len(loader.skipped)} unreadable images, the first {loader.skipped[0]}")
@@ -96,22 +98,29 @@ def build(parsed: Parsed) -> Session:
     session = Session(config, device, train, test, validation, student.to(device), teacher, notes)
     if teacher is not None:
         teacher.to(device).eval().requires_grad_(False)
-    if not evaluating:
-        require_provided("student", student.provides, Objective(session.losses).student_needs, session.losses)
-        if teacher is not None:
-            require_provided("teacher", teacher.provides, Objective(session.losses).teacher_needs, session.losses)
     return session
+
+
+def is_evaluation(config: RunConfig) -> bool:
+    return isinstance(config, TrainConfig) and config.mode == "eval"
 
 
 def make_task(session: Session) -> Embedding:
     """The student, the objective and the teacher as one module, its trained parts built under the run's seed."""
     torch.manual_seed(session.config.seed + 1)
     objective = Objective(session.losses)
-    if objective.teacher_needs and session.teacher is None:
-        reader = next(loss.name for loss in session.losses if objective.terms[loss.name].reads_teacher)
-        raise UserError(f"loss {reader!r} reads a teacher; use run_distill.py with --teacher_load.")
+    require_provided("student", session.student.provides, objective.student_needs, session.losses)
+    if session.teacher is not None:
+        require_provided("teacher", session.teacher.provides, objective.teacher_needs, session.losses)
     task = Embedding(session.student, session.teacher, objective, session.config.precision).to(session.device)
-    task.build(session.train.example(2).to(session.device), session.train.records.num_classes)
+    try:
+        task.build(session.train.example(2).to(session.device), session.train.records.num_classes)
+    except RuntimeError as error:
+        config = session.config
+        reason = str(error).splitlines()[0]
+        raise UserError(
+            f"{config.base} cannot embed images of {config.input_size} px ({reason}); change --input_size."
+        ) from error
     return task.to(session.device)
 
 
@@ -165,30 +174,28 @@ def make_evaluate(session: Session, loader: ImageLoader, prefix: str = "") -> Ca
     return evaluate
 
 
-def choose_device(name: str) -> torch.device:
-    if name == "cpu" or not torch.cuda.is_available():
-        return torch.device("cpu")
-    return torch.device("cuda", distributed.local_rank())
-
-
 def _train_classes(text: str | None) -> int | list[str] | None:
     if text is None:
         return None
-    if text.isdigit():
+    if is_number(text):
         return int(text)
     return [line.strip() for line in Path(text).read_text().splitlines() if line.strip()]
 
 
-def _with_checkpoint_specs(config: RunConfig, given: frozenset[str]) -> RunConfig:
-    """What a checkpoint says of its network replaces the defaults; flags that contradict it are refused later."""
+def with_checkpoints(config: RunConfig, given: frozenset[str]) -> RunConfig:
+    """What a checkpoint says of its network, and a run to evaluate of its data, replaces the defaults.
+
+    Flags that contradict a checkpoint are kept here and refused when it is loaded.
+    """
     if isinstance(config, DistillConfig) and config.teacher_load is not None:
         config = _adopt(config, config.teacher_load, "teacher_", given, "teacher")
-    if isinstance(config, TrainConfig) and config.mode == "eval" and config.load is not None:
+    if is_evaluation(config) and config.load is not None:
         config = _adopt(config, config.load, "", given, "checkpoint")
+        folder = Path(config.load) if Path(config.load).is_dir() else Path(config.load).parent
+        stored = RunDirectory(folder).stored_config() or {}
+        data = {key: stored[key] for key in ("dataset", "data", "train_classes", "recall") if key in stored}
+        config = replace(config, **{key: value for key, value in data.items() if key not in given})
     return config
-
-
-_FIELDS = ("base", "embedding_size", "l2normalize", "input_size")
 
 
 def _adopt(config: Any, path: str, prefix: str, given: frozenset[str], role: str) -> Any:
@@ -196,7 +203,7 @@ def _adopt(config: Any, path: str, prefix: str, given: frozenset[str], role: str
     if "network" not in content:
         return config
     spec = NetworkSpec.from_dict(content["network"])
-    stored = {f"{prefix}{field}": getattr(spec, field) for field in _FIELDS}
+    stored = {f"{prefix}{field}": getattr(spec, field) for field in NETWORK_FIELDS}
     return replace(config, **{key: value for key, value in stored.items() if key not in given})
 
 
@@ -204,7 +211,7 @@ def _given_fields(config: RunConfig, given: frozenset[str], prefix: str) -> dict
     """Fields of the network's spec that the user set, for the check against a checkpoint; its size may differ."""
     return {
         field: getattr(config, f"{prefix}{field}")
-        for field in _FIELDS
+        for field in NETWORK_FIELDS
         if f"{prefix}{field}" in given and field != "input_size"
     }
 
@@ -224,9 +231,7 @@ def _teacher(config: RunConfig, given: frozenset[str]) -> Network | None:
     return restore_network(config.teacher_load, fallback, _given_fields(config, given, "teacher_"), "teacher")
 
 
-def _student(
-    config: RunConfig, given: frozenset[str], records: ImageRecords, notes: list[str], evaluating: bool
-) -> Network:
+def _student(config: RunConfig, given: frozenset[str], records: ImageRecords, notes: list[str]) -> Network:
     pixels = default_pixels(config.base) or _pixels_of(records)
     spec = NetworkSpec(
         base=config.base,
@@ -235,16 +240,28 @@ def _student(
         input_size=config.input_size,
         pixels=pixels,
     )
-    if evaluating:
+    if is_evaluation(config):
         assert config.load is not None
         return restore_network(config.load, spec, _given_fields(config, given, ""))
     network = build_network(spec)
     if config.load is None:
         notes.append(load_pretrained(network, config.pretrained))
     else:
-        left = load_weights(network, read_checkpoint(config.load)["model"], strict=False)
-        notes.append(f"started from {config.load}" + (f", left out: {', '.join(left)}" if left else ""))
+        notes.append(_start_from(network, config.load))
     return network
+
+
+def _start_from(network: Network, path: str) -> str:
+    """Load what fits of a checkpoint, and say what did not and what stays random."""
+    weights = read_checkpoint(path)["model"]
+    left = load_weights(network, weights, strict=False)
+    missing = [name for name in network.state_dict() if name not in weights or name in left]
+    parts = [
+        f"{len(names)} tensors {what} ({names[0]}, ...)"
+        for names, what in ((left, "left out"), (missing, "random"))
+        if names
+    ]
+    return ", ".join([f"started from {path}", *parts])
 
 
 def _pixels_of(records: ImageRecords) -> Pixels:
@@ -252,7 +269,7 @@ def _pixels_of(records: ImageRecords) -> Pixels:
 
 
 def _loaders(
-    config: RunConfig, splits: Splits, teacher_size: int | None, evaluating: bool
+    config: RunConfig, splits: Splits, evaluating: bool
 ) -> tuple[ImageLoader, ImageLoader | None, ImageLoader]:
     fit, validation = splits.train, None
     if config.select == "val" and not evaluating:
@@ -267,7 +284,8 @@ def _loaders(
         "progress": distributed.is_main(),
     }
     test_only = Geometry(input_size=size, flip=False)
-    other = teacher_size if teacher_size != size else None
+    other = config.teacher_input_size if isinstance(config, DistillConfig) else None
+    other = None if other == size else other
     test = ImageLoader(splits.test, test_only, **common)
     if evaluating:
         return test, None, test

@@ -1,30 +1,34 @@
 """Cross-field checks of a config: every sentence says what is wrong and what to do."""
 
+from collections.abc import Callable, Iterable
 from pathlib import Path
 
-import torch
-
 from metric_kd.cli.config import DistillConfig, RunConfig, TrainConfig
+from metric_kd.cli.losses import losses_of
 from metric_kd.data import DATASETS
+from metric_kd.devices import check_device
 from metric_kd.distributed import world_size
+from metric_kd.engine.run_directory import RunDirectory
 from metric_kd.errors import UserError
+from metric_kd.losses.objective import Objective, option_names
+from metric_kd.losses.term import TERMS
 from metric_kd.models import check_base
 
 
 def validate(config: RunConfig) -> list[str]:
     """What is wrong with a config, one sentence each; empty where nothing is. Reads no data and no weights."""
-    return [sentence for check in (_names, _sizes, _schedule, _files, _device) for sentence in check(config)]
+    return [sentence for check in (_names, _sizes, _schedule, _files, _device, _losses) for sentence in check(config)]
 
 
 def _names(config: RunConfig) -> list[str]:
-    sentences = []
-    bases = [config.base, config.teacher_base] if isinstance(config, DistillConfig) else [config.base]
-    for check, name in [(DATASETS.canonical, config.dataset), *((check_base, base) for base in bases)]:
-        try:
-            check(name)
-        except UserError as error:
-            sentences.append(str(error))
-    return sentences
+    checks: list[Callable[[], object]] = [
+        lambda: DATASETS.canonical(config.dataset),
+        lambda: check_base(config.base, config.input_size),
+    ]
+    if isinstance(config, DistillConfig):
+        teacher = config
+        checks.append(lambda: check_base(teacher.teacher_base, teacher.teacher_input_size))
+    return _refusals(checks)
 
 
 def _sizes(config: RunConfig) -> list[str]:
@@ -49,6 +53,8 @@ def _sizes(config: RunConfig) -> list[str]:
     ]
     if not config.recall or min(config.recall) < 1:
         sentences.append("--recall takes one or more K of 1 or more, as in --recall 1 2 4 8.")
+    if not 0 <= config.seed < 2**62:
+        sentences.append(f"--seed is {config.seed}; give 0 or more, below 2^62.")
     if config.workers < 0:
         sentences.append(f"--workers is {config.workers}; give 0 or more.")
     return sentences
@@ -73,14 +79,45 @@ def _files(config: RunConfig) -> list[str]:
     if isinstance(config, TrainConfig) and config.mode == "eval" and config.load is None:
         sentences.append("nothing to evaluate: give --load RUN_OR_FILE.")
     chosen = config.train_classes
-    if chosen is not None and not chosen.isdigit() and not Path(chosen).is_file():
+    if chosen is not None and not is_number(chosen) and not Path(chosen).is_file():
         sentences.append(f"--train_classes {chosen!r} is neither a number nor a file of class names, one per line.")
     if config.pretrained not in ("auto", "true", "false") and not Path(config.pretrained).is_file():
         sentences.append(f"--pretrained {config.pretrained!r} is no file; give auto, true, false or a weights file.")
+    if config.load is not None and config.pretrained not in ("auto", "false"):
+        sentences.append("--load and --pretrained both give a start; leave one of them out.")
+    if config.save_dir is not None:
+        sentences += _refusals((RunDirectory(config.save_dir).check_writable,))
     return sentences
 
 
+def is_number(text: str) -> bool:
+    """Whether --train_classes gives a number and not a file."""
+    return text.isascii() and text.isdecimal()
+
+
 def _device(config: RunConfig) -> list[str]:
-    if config.device == "cuda" and not torch.cuda.is_available():
-        return ["--device cuda was asked for, but torch sees no CUDA device; use --device cpu or auto."]
-    return []
+    return _refusals((lambda: check_device(config.device),))
+
+
+def _losses(config: RunConfig) -> list[str]:
+    """What the objective asks of the command and of its batches."""
+    if isinstance(config, TrainConfig) and config.mode == "eval":
+        return []
+    sentences = []
+    for loss in losses_of(config):
+        if loss.weight and TERMS[loss.name].reads_teacher and not isinstance(config, DistillConfig):
+            sentences.append(f"loss {loss.name!r} reads a teacher; use run_distill.py with --teacher_load.")
+        if loss.weight and "sample" in option_names(loss.name) and config.num_image_per_class < 2:
+            sentences.append(f"loss {loss.name!r} compares images of one class; give --num_image_per_class 2 or more.")
+    return sentences + _refusals((lambda: Objective(losses_of(config)),))
+
+
+def _refusals(checks: Iterable[Callable[[], object]]) -> list[str]:
+    """The sentences of those checks that refuse."""
+    sentences = []
+    for check in checks:
+        try:
+            check()
+        except UserError as error:
+            sentences.append(str(error))
+    return sentences

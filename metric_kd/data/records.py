@@ -109,6 +109,15 @@ def split_by_class(records: ImageRecords, train_classes: "int | list[str] | None
 
 
 def hold_out_classes(train: ImageRecords, share: float = 0.2) -> Splits:
-    """(fitting part, validation part): the last ``share`` of the training classes is held out for selection."""
-    held = max(1, round(train.num_classes * share))
-    return split_by_class(train, train.num_classes - held)
+    """(fitting part, validation part): the last ``share`` of the training classes is held out for selection.
+
+    At least two are held out, since one class is always found; every image of theirs is query and gallery. Raises
+    ``UserError`` where fewer than two would be left to train on.
+    """
+    held = max(2, round(train.num_classes * share))
+    if train.num_classes - held < 2:
+        raise UserError(
+            f"{train.name} has {train.num_classes} training classes, too few to hold some out; use --select last."
+        )
+    fit, validation = split_by_class(train, train.num_classes - held)
+    return Splits(fit, replace(validation, query=None, gallery=None))

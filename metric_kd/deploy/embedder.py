@@ -1,6 +1,5 @@
 """Embedder: a trained network for someone who only wants vectors."""
 
-from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -9,10 +8,10 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 
-from metric_kd.data.decode import decode
+from metric_kd.data.decode import EXTENSIONS, decode
 from metric_kd.data.transforms import Geometry, resize
+from metric_kd.devices import autocast
 from metric_kd.engine.checkpoint import find_checkpoint, read_checkpoint
-from metric_kd.engine.tasks import autocast
 from metric_kd.errors import UserError
 from metric_kd.models.network import Network, NetworkSpec, build_network, load_weights
 
@@ -27,11 +26,14 @@ class Embedder:
         assert network.spec.input_size is not None
         self.geometry = Geometry(input_size=network.spec.input_size, flip=False)
 
-    def embed(self, images: Any, batch: int = 64, progress: bool = False) -> np.ndarray:
+    def embed(
+        self, images: Any, batch: int = 64, progress: bool = False, skipped: list[Any] | None = None
+    ) -> np.ndarray:
         """(N, D) float32 embeddings of N images.
 
         images: file names, PIL images or (H, W, 3) uint8 arrays, mixed as you like, or one (N, 3, H, W) uint8 tensor or
-        (N, H, W, 3) uint8 array. Raises ``UserError`` for an unreadable file (named) and for anything else.
+        (N, H, W, 3) uint8 array. Raises ``UserError`` for an unreadable file (named) and for anything else, unless
+        ``skipped`` is a list: then such images are added to it, and left out.
         """
         if isinstance(images, str | Path):
             images = [images]
@@ -39,14 +41,27 @@ class Embedder:
         vectors: list[np.ndarray] = []
         starts = range(0, count, batch)
         for start in tqdm(starts, desc="embedding", unit="batch", disable=not progress, leave=False):
-            views = torch.stack([self._view(image) for image in images[start : start + batch]])
+            views = self._views(images[start : start + batch], skipped)
+            if not views:
+                continue
             with torch.inference_mode(), autocast(self.device, self.precision):
-                output = self.network(views.to(self.device), want=("embedding",))
+                output = self.network(torch.stack(views).to(self.device), want=("embedding",))
             assert output.embedding is not None
             vectors.append(output.embedding.float().cpu().numpy())
         if not vectors:
             return np.empty((0, 0), dtype=np.float32)
         return np.concatenate(vectors)
+
+    def _views(self, images: Any, skipped: list[Any] | None) -> list[Tensor]:
+        views = []
+        for image in images:
+            try:
+                views.append(self._view(image))
+            except UserError:
+                if skipped is None:
+                    raise
+                skipped.append(image)
+        return views
 
     def _view(self, image: Any) -> Tensor:
         pixels = _pixels(image)
@@ -90,11 +105,9 @@ def load(run_or_checkpoint: "str | Path", device: str = "cpu", precision: str = 
     return Embedder(network, device, precision)
 
 
-def images_in(folder: "str | Sequence[str]") -> Sequence[str]:
-    """The image files below a folder, sorted."""
-    from metric_kd.data.decode import EXTENSIONS
-
-    root = Path(str(folder))
+def images_in(folder: "str | Path") -> list[str]:
+    """The image files below a folder, sorted. Raises ``UserError`` where there are none."""
+    root = Path(folder)
     if not root.is_dir():
         raise UserError(f"--images {root} is no folder; give one that holds images.")
     found = sorted(str(p) for p in root.rglob("*") if p.suffix.lower() in EXTENSIONS and not p.name.startswith("."))

@@ -34,15 +34,12 @@ class RunningLosses:
         self.sums += now
         self.count += 1
 
-    def check(self, save_dir: Path) -> None:
+    def check(self, last: Path) -> None:
         """Raise ``UserError`` where some term was not finite, naming the earliest term and step."""
         first = [(step, name) for name, step in zip(self.names, self.first_bad.tolist(), strict=True) if step >= 0]
         if first:
             step, name = min(first, key=lambda pair: (pair[0], self.names.index(pair[1])))
-            raise UserError(
-                f"loss {name!r} was not finite at step {step}; lower --lr or set --clip_norm "
-                f"(the last good checkpoint is kept in {save_dir})."
-            )
+            raise UserError(not_finite(f"loss {name!r}", step, last))
 
     def means(self) -> dict[str, float]:
         values = (self.sums / max(self.count, 1)).tolist()
@@ -58,6 +55,12 @@ class RunningLosses:
     def restore(self, state: dict[str, Any]) -> None:
         self.sums.copy_(state["sums"])
         self.count = state["count"]
+
+
+def not_finite(what: str, step: int, last: Path) -> str:
+    """What was not finite and what to do; ``last`` is the last good checkpoint, where there is one."""
+    kept = f"; the last good checkpoint is {last}, which --load takes" if last.is_file() else ""
+    return f"{what} was not finite at step {step}; start again in a new --save_dir with a lower --lr or --clip_norm 1{kept}."
 
 
 class TensorBoard:

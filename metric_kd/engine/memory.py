@@ -2,6 +2,7 @@
 
 import resource
 import sys
+from pathlib import Path
 
 import torch
 
@@ -20,8 +21,9 @@ def is_out_of_memory(error: BaseException) -> bool:
 def batch_that_fits(task: Embedding, batch: Batch, optimizer: torch.optim.Optimizer) -> str:
     """Measure by halving which part of the batch fits, and say so in one sentence."""
     size = len(batch.labels)
+    per_class = int((batch.labels == batch.labels[0]).sum())
     tried = size
-    while tried > 2:
+    while tried // 2 > per_class:  # a batch holds two classes or more
         tried //= 2
         optimizer.zero_grad(set_to_none=True)
         if batch.images.device.type == "cuda":
@@ -35,10 +37,31 @@ def batch_that_fits(task: Embedding, batch: Batch, optimizer: torch.optim.Optimi
                 raise
             continue
         return f"a batch of {size} is out of memory and one of {tried} fits; run with --batch {tried}."
-    return f"even 2 of the batch's {size} images are out of memory; use a smaller --base or --input_size."
+    return (
+        f"a batch of {size} is out of memory and so is one of {tried}; use a smaller --base, --input_size or --batch."
+    )
+
+
+_STATUS = Path("/proc/self/status")
 
 
 def peak_memory() -> int:
-    """Largest resident size of this process so far, in bytes."""
+    """Largest resident size of this process in bytes: since :func:`reset_peak_memory` where that works, else ever."""
+    if _STATUS.exists():
+        return _status("VmHWM")
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     return peak if sys.platform == "darwin" else peak * 1024
+
+
+def reset_peak_memory() -> int | None:
+    """Forget the peak so far and give the present size in bytes; None where the system cannot (it is not Linux)."""
+    try:
+        Path("/proc/self/clear_refs").write_text("5")
+    except OSError:
+        return None
+    return _status("VmRSS")
+
+
+def _status(field: str) -> int:
+    line = next(line for line in _STATUS.read_text().splitlines() if line.startswith(f"{field}:"))
+    return int(line.split()[1]) * 1024

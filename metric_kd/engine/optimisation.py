@@ -7,9 +7,10 @@ from dataclasses import dataclass
 import torch
 from torch import nn
 
+from metric_kd.errors import one_of
+
 OPTIMIZERS = ("adam", "adamw", "sgd")
 SCHEDULES = ("step", "cosine")
-PRECISIONS = ("fp32", "bf16", "fp16")
 
 
 @dataclass(frozen=True)
@@ -51,6 +52,8 @@ def learning_rate(settings: Settings, epoch: int, iteration: int) -> float:
     if settings.schedule == "cosine":
         progress = (done - settings.warmup) / max(settings.epochs - settings.warmup, 1e-9)
         return settings.lr * 0.5 * (1 + math.cos(math.pi * min(progress, 1.0)))
+    if settings.schedule != "step":
+        raise one_of("schedule", settings.schedule, SCHEDULES)
     return settings.lr * settings.lr_decay_gamma ** sum(epoch >= milestone for milestone in settings.lr_decay_epochs)
 
 
@@ -61,6 +64,8 @@ def make_optimizer(settings: Settings, parameters: Iterable[nn.Parameter]) -> to
         return torch.optim.Adam(trained, settings.lr, weight_decay=settings.weight_decay, fused=True)
     if settings.optimizer == "adamw":
         return torch.optim.AdamW(trained, settings.lr, weight_decay=settings.weight_decay, fused=True)
+    if settings.optimizer != "sgd":
+        raise one_of("optimizer", settings.optimizer, OPTIMIZERS)
     return torch.optim.SGD(
         trained, settings.lr, momentum=0.9, nesterov=True, weight_decay=settings.weight_decay, fused=True
     )

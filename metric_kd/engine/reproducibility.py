@@ -1,11 +1,13 @@
 """Random states and the facts about a machine on which bit-equal repetition depends."""
 
+import hashlib
 import platform
 import random
 from typing import Any
 
 import numpy as np
 import torch
+from torch import nn
 
 from metric_kd.distributed import world_size
 
@@ -57,6 +59,15 @@ def environment(device: torch.device) -> dict[str, Any]:
         "processes": world_size(),
         "cpu_capability": torch.backends.cpu.get_cpu_capability(),
     }
+
+
+def weights_digest(network: nn.Module) -> str:
+    """16 hex digits over all weights of a network: a teacher that was trained again is another teacher."""
+    digest = hashlib.sha256()
+    for name, tensor in network.state_dict().items():
+        digest.update(name.encode())
+        digest.update(tensor.detach().cpu().contiguous().flatten().view(torch.uint8).numpy().data)
+    return digest.hexdigest()[:16]
 
 
 def deterministic_algorithms() -> None:

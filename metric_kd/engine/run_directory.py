@@ -11,7 +11,7 @@ from typing import Any
 
 import yaml
 
-from metric_kd.engine.checkpoint import write_text
+from metric_kd.engine.checkpoint import read_checkpoint, write_text
 from metric_kd.errors import UserError
 
 RESUMABLE_KEYS = frozenset({"epochs", "workers", "device", "save_minutes", "resume", "dry_run", "save_dir", "plugins"})
@@ -46,8 +46,10 @@ class RunDirectory:
     def check_config(self, config: dict[str, Any]) -> None:
         """Refuse to continue a run that was started with another config, naming the first differing key."""
         stored = self.stored_config()
-        if stored is None:
-            return
+        if stored is not None:
+            self._compare(stored, config)
+
+    def _compare(self, stored: dict[str, Any], config: dict[str, Any]) -> None:
         for key in [*config, *(k for k in stored if k not in config)]:
             if key not in RESUMABLE_KEYS and stored.get(key) != config.get(key):
                 raise UserError(
@@ -56,14 +58,33 @@ class RunDirectory:
                 )
         if "epochs" in stored and config["epochs"] < stored["epochs"] and self.result.exists():
             raise UserError(
-                f"{self.path} holds a finished run of {stored['epochs']} epochs, more than --epochs {config['epochs']}; "
+                f"{self.path} holds a run of {stored['epochs']} epochs, more than --epochs {config['epochs']}; "
                 "give another --save_dir."
             )
+
+    def read_last(self, config: dict[str, Any]) -> dict[str, Any]:
+        """The content of last.pth, which must be whole and come from a run with this config."""
+        try:
+            state = read_checkpoint(self.last)
+        except UserError as error:
+            raise UserError(f"{error} Or start over with --resume never.") from error
+        if "position" not in state:
+            raise UserError(f"{self.last} is no checkpoint of a run; give another --save_dir.")
+        self._compare(state["config"], config)
+        trained = state["position"]["epoch"] - 1
+        if trained > config["epochs"]:
+            raise UserError(
+                f"{self.path} has trained {trained} epochs, more than --epochs {config['epochs']}; give another --save_dir."
+            )
+        return state
 
     def stored_config(self) -> dict[str, Any] | None:
         if not self.config.is_file():
             return None
-        content = yaml.safe_load(self.config.read_text())
+        try:
+            content = yaml.safe_load(self.config.read_text())
+        except yaml.YAMLError:
+            return None  # last.pth holds the config as well
         return content if isinstance(content, dict) else None
 
     def open(self, config: dict[str, Any]) -> None:
@@ -75,7 +96,7 @@ class RunDirectory:
 
     def clear(self) -> None:
         """Forget an earlier run in the same directory; other files stay."""
-        for file in (self.config, self.metrics, self.result, self.best, self.last, self.card):
+        for file in (self.last, self.metrics, self.result, self.best, self.card, self.config):
             file.unlink(missing_ok=True)
 
     @contextlib.contextmanager
@@ -95,13 +116,19 @@ class RunDirectory:
             os.close(handle)
 
     def finished(self, epochs: int) -> str | None:
-        """The text of result.txt where the run has reached this many epochs, else None."""
+        """The text of result.txt where the run has reached this many epochs, else None.
+
+        card.json is written last: where it names the epochs, everything else is there.
+        """
         if not (self.result.is_file() and self.best.is_file() and self.card.is_file()):
             return None
         return self.result.read_text().rstrip() if self.card_content().get("epochs", 0) >= epochs else None
 
     def card_content(self) -> dict[str, Any]:
-        content = json.loads(self.card.read_text())
+        try:
+            content = json.loads(self.card.read_text())
+        except json.JSONDecodeError:
+            return {}
         return content if isinstance(content, dict) else {}
 
     def append_metrics(self, record: dict[str, Any]) -> None:

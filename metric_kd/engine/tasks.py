@@ -1,22 +1,12 @@
 """Tasks: what one training step computes. The trainer knows none of this; it calls the task and steps."""
 
-from contextlib import nullcontext
-from typing import Any
-
 import torch
 from torch import Tensor, nn
 
+from metric_kd.devices import autocast
 from metric_kd.losses.objective import Objective
 from metric_kd.models.network import Network
 from metric_kd.types import Batch, Output
-
-DTYPES = {"fp32": None, "bf16": torch.bfloat16, "fp16": torch.float16}
-
-
-def autocast(device: torch.device, precision: str) -> Any:
-    """The autocast context for a precision; nothing for fp32."""
-    dtype = DTYPES[precision]
-    return nullcontext() if dtype is None else torch.autocast(device.type, dtype=dtype)
 
 
 class Embedding(nn.Module):

@@ -16,8 +16,8 @@ from tqdm import tqdm
 from metric_kd import distributed
 from metric_kd.data.loading import ImageLoader
 from metric_kd.engine import reproducibility
-from metric_kd.engine.checkpoint import read_checkpoint, write_checkpoint
-from metric_kd.engine.logging import Observer, RunningLosses
+from metric_kd.engine.checkpoint import write_checkpoint
+from metric_kd.engine.logging import Observer, RunningLosses, not_finite
 from metric_kd.engine.memory import batch_that_fits, is_out_of_memory
 from metric_kd.engine.optimisation import Settings, learning_rate, make_optimizer
 from metric_kd.engine.run_directory import RunDirectory
@@ -76,6 +76,7 @@ class Trainer:
         self.environment = reproducibility.environment(device)
         self.module: nn.Module = task
         self._signal = 0
+        self._stop_at_once = False
         self._saved_at = time.monotonic()
 
     def fit(self) -> None:
@@ -96,9 +97,7 @@ class Trainer:
             self.module = DistributedDataParallel(self.task, device_ids=ids, find_unused_parameters=True)
 
     def _train_epoch(self, started: float) -> None:
-        self.task.train()
-        if self.settings.freeze_bn:
-            freeze_batch_norm(self.task.student)
+        self._enter_training()
         order = self.batches.epoch(self.epoch)
         todo = order[self.iteration :]
         stream = tqdm(
@@ -114,7 +113,7 @@ class Trainer:
             self._step(batch.to(self.device))
             self.iteration += 1
             if self.step % self.settings.log_interval == 0:
-                self.losses.check(self.run.path)
+                self.losses.check(self.run.last)
                 stream.set_postfix(loss=f"{self.losses.means()['loss']:.4f}", refresh=False)
             self._save_within_epoch(started)
 
@@ -135,17 +134,32 @@ class Trainer:
         self.step += 1
         reproducibility.seed_step(self.settings.seed, self.step, distributed.rank())
         try:
-            total, values = self.module(batch)
-            self.optimizer.zero_grad(set_to_none=True)
-            self.scaler.scale(total).backward()
-            self._clip()
-            self.scaler.step(self.optimizer)
-            self.scaler.update()
+            self._update(batch)
+            return
         except (RuntimeError, MemoryError) as error:
             if not is_out_of_memory(error):
                 raise
-            message = batch_that_fits(self.task, batch, self.optimizer)
-            raise UserError(message) from None
+        # Out of the except block the failed step is forgotten, and with it the memory that it held.
+        raise UserError(batch_that_fits(self.task, batch, self.optimizer))
+
+    def trial_step(self, batch: Batch) -> dict[str, float]:
+        """One real step whose result nobody keeps: the values of the losses. For a measurement of its cost."""
+        self._enter_training()
+        self._step(batch)
+        return self.losses.means()
+
+    def _enter_training(self) -> None:
+        self.task.train()
+        if self.settings.freeze_bn:
+            freeze_batch_norm(self.task.student)
+
+    def _update(self, batch: Batch) -> None:
+        total, values = self.module(batch)
+        self.optimizer.zero_grad(set_to_none=True)
+        self.scaler.scale(total).backward()
+        self._clip()
+        self.scaler.step(self.optimizer)
+        self.scaler.update()
         self.losses.add(total, values, self.step)
 
     def _clip(self) -> None:
@@ -154,19 +168,18 @@ class Trainer:
             nn.utils.clip_grad_norm_(self.task.parameters(), self.settings.clip_norm)
 
     def _close_epoch(self, started: float) -> dict[str, Any]:
-        self.losses.check(self.run.path)
+        self.losses.check(self.run.last)
         means = self.losses.means()
         record: dict[str, Any] = {
             "epoch": self.epoch,
             "step": self.step,
             "loss": means.pop("loss"),
             "losses": means,
-            "lr": learning_rate(self.settings, self.epoch, self.iteration),
+            "lr": self.optimizer.param_groups[0]["lr"],
         }
         due = self.epoch % self.eval_every == 0 or self.epoch == self.settings.epochs
         if self.evaluate is not None and due:
-            metrics = self.evaluate(self.task.student) if distributed.is_main() else {}
-            metrics = distributed.from_main(metrics)
+            metrics = self._evaluate(started)
             record.update(metrics)
             if self.select is not None and metrics[self.select] > self.best.get(self.select, -1.0):
                 self.best = {"epoch": self.epoch, **metrics}
@@ -180,6 +193,17 @@ class Trainer:
             tqdm.write(epoch_line(record, self.settings.epochs))
         self.save(0.0)
         return record
+
+    def _evaluate(self, started: float) -> dict[str, float]:
+        """Evaluation may take long, so the epoch is saved first and a signal stops it at once."""
+        self.save(time.monotonic() - started)
+        self._stop_if_signalled()
+        self._stop_at_once = True
+        try:
+            metrics = self.evaluate(self.task.student) if distributed.is_main() and self.evaluate else {}
+        finally:
+            self._stop_at_once = False
+        return distributed.from_main(metrics)
 
     def _write_best(self, metrics: dict[str, Any]) -> None:
         if distributed.is_main():
@@ -196,7 +220,7 @@ class Trainer:
 
     def save(self, seconds: float) -> None:
         """Write last.pth: everything that the rest of the run depends on."""
-        self.losses.check(self.run.path)
+        self.losses.check(self.run.last)
         states = distributed.gather_objects(reproducibility.random_states())
         if distributed.is_main():
             self._check_finite()
@@ -219,16 +243,18 @@ class Trainer:
         self._saved_at = time.monotonic()
 
     def resume(self) -> bool:
-        """Continue from last.pth; False where there is none."""
+        """Continue from last.pth; False where there is none. Raises ``UserError`` where it belongs to another run."""
         if not self.run.last.is_file():
+            if distributed.is_main():
+                self.run.cut_history(0)
             return False
-        state = read_checkpoint(self.run.last, "checkpoint")
+        state = self.run.read_last(self.config)
         stored = state["environment"]
         for key, value in self.environment.items():
             if stored.get(key) != value and distributed.is_main():
                 tqdm.write(
                     f"warning: {self.run.last} was written with {key} {stored.get(key)}, this is {value}; "
-                    "the result may differ in the last bits."
+                    "the result will not equal that of an undisturbed run bit for bit."
                 )
         self.task.student.load_state_dict(state["model"])
         self.task.objective.load_state_dict(state["objective"])
@@ -246,18 +272,19 @@ class Trainer:
 
     def _check_finite(self) -> None:
         """Never save weights that are not finite: the last good checkpoint stays."""
-        for name, tensor in self.task.state_dict().items():
-            if tensor.is_floating_point() and not bool(torch.isfinite(tensor).all()):
-                raise UserError(
-                    f"weight {name!r} was not finite at step {self.step}; lower --lr or set --clip_norm "
-                    f"(the last good checkpoint is kept in {self.run.path})."
-                )
+        state = {name: tensor for name, tensor in self.task.state_dict().items() if tensor.is_floating_point()}
+        finite = torch.stack([torch.isfinite(tensor).all() for tensor in state.values()]).tolist()
+        for name, good in zip(state, finite, strict=True):
+            if not good:
+                raise UserError(not_finite(f"weight {name!r}", self.step, self.run.last))
 
     @contextmanager
     def _signals(self) -> Iterator[None]:
         """First Ctrl-C or SIGTERM: finish the step, save, stop. A second Ctrl-C stops at once."""
 
         def note(signum: int, frame: FrameType | None) -> None:
+            if self._stop_at_once:
+                raise Interrupted(signum)
             if self._signal and signum == signal.SIGINT:
                 raise KeyboardInterrupt
             self._signal = signum

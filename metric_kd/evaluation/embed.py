@@ -1,16 +1,15 @@
 """embed: every image of a loader through one network, as vectors in memory."""
 
 from collections.abc import Iterable, Iterator
-from contextlib import AbstractContextManager, contextmanager, nullcontext
+from contextlib import contextmanager
 from typing import NamedTuple
 
 import torch
 from torch import Tensor, nn
 
-from metric_kd.errors import UserError, one_of
+from metric_kd.devices import autocast
+from metric_kd.errors import UserError
 from metric_kd.types import Batch
-
-_DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 
 
 class Embeddings(NamedTuple):
@@ -36,11 +35,9 @@ def embed(
     "fp16" (autocast); the vectors are float32 in any case. progress: the title of a bar on stderr over ``total``
     batches. Raises ``UserError`` for an unknown precision and where there are no batches.
     """
-    if precision not in _DTYPES:
-        raise one_of("precision", precision, list(_DTYPES))
     device = torch.device(device)
     vectors, labels, indices = [], [], []
-    with _eval_mode(network), torch.inference_mode(), _autocast(device, precision):
+    with _eval_mode(network), torch.inference_mode(), autocast(device, precision):
         for batch in _with_bar(batches, progress, total):
             output = network(batch.images.to(device, non_blocking=True), want=("embedding",))
             vectors.append(output.embedding.float().cpu())
@@ -61,10 +58,6 @@ def _eval_mode(network: nn.Module) -> Iterator[None]:
     finally:
         for module, training in modes:
             module.training = training
-
-
-def _autocast(device: torch.device, precision: str) -> AbstractContextManager[object]:
-    return nullcontext() if precision == "fp32" else torch.autocast(device.type, dtype=_DTYPES[precision])
 
 
 def _with_bar(batches: Iterable[Batch], progress: str | None, total: int | None) -> Iterable[Batch]:

@@ -24,8 +24,8 @@ class LossSpec(NamedTuple):
     options: dict[str, Any]
 
     def __str__(self) -> str:
-        options = "".join(f",{key}={value}" for key, value in self.options.items())
-        return f"{self.name}:{self.weight:g}{options}"
+        options = "".join(f",{key}={_spelt(value)}" for key, value in self.options.items())
+        return f"{self.name}:{_spelt(self.weight)}{options}"
 
 
 def parse_loss(spec: "str | dict[str, Any]") -> LossSpec:
@@ -42,8 +42,8 @@ def parse_loss(spec: "str | dict[str, Any]") -> LossSpec:
             key, equals, value = pair.partition("=")
             if not equals:
                 raise UserError(f"--loss {spec!r}: write options as option=value, as in st:0.1,temperature=4.")
-            options[key.strip()] = yaml.safe_load(value)
-        weight: Any = yaml.safe_load(weight_text) if weight_text else None
+            options[key.strip()] = _value(value)
+        weight: Any = _value(weight_text) if weight_text else None
     elif isinstance(spec, dict):
         options = dict(spec)
         if "name" not in options:
@@ -51,16 +51,35 @@ def parse_loss(spec: "str | dict[str, Any]") -> LossSpec:
                 f"a loss in YAML is a map with a name, as in {{name: rkd_distance, weight: 1}}; got {spec!r}."
             )
         name, weight = str(options.pop("name")), options.pop("weight", None)
+        weight = _value(weight) if isinstance(weight, str) else weight
     else:
         raise UserError(f"a loss is written name:weight,option=value; got {spec!r}.")
     name = TERMS.canonical(name.strip())
     weight = TERMS[name].default_weight if weight is None else weight
-    if isinstance(weight, str):  # YAML 1.1 reads 1e-3 as text
-        with contextlib.suppress(ValueError):
-            weight = float(weight)
     if not isinstance(weight, int | float) or isinstance(weight, bool) or not math.isfinite(weight):
         raise UserError(f"the weight of loss {name!r} is {weight!r}; give a finite number, as in {name}:1.")
     return LossSpec(name, float(weight), {key: _option(name, key, value) for key, value in options.items()})
+
+
+def _value(text: str) -> Any:
+    """The value that a text spells: null, true, a number (1e-3 too, which YAML 1.1 takes for text), or the text itself."""
+    try:
+        value = yaml.safe_load(text)
+    except yaml.YAMLError:
+        return text
+    if isinstance(value, str):
+        with contextlib.suppress(ValueError):
+            return float(value)
+    return text if value is None and text.strip() not in ("null", "~") else value
+
+
+def _spelt(value: Any) -> str:
+    """The inverse of :func:`_value`, without loss."""
+    if value is None:
+        return "null"
+    if isinstance(value, bool):
+        return str(value).lower()
+    return repr(value).removesuffix(".0") if isinstance(value, float) else str(value)
 
 
 def option_names(name: str) -> list[str]:
@@ -78,6 +97,10 @@ def _option(name: str, key: str, value: Any) -> Any:
             else UserError(f"loss {name!r} takes no options; remove {key!r}.")
         )
     default = inspect.signature(TERMS[name].__init__).parameters[key].default
+    if value is None:
+        if default is not None:
+            raise UserError(f"option {key!r} of loss {name!r} needs a value; its default is {default!r}.")
+        return None
     if isinstance(default, float) and isinstance(value, str | int) and not isinstance(value, bool):
         try:
             return float(value)
@@ -135,7 +158,12 @@ class Objective(nn.Module):
         values: dict[str, Tensor] = {}
         with sharing():
             for name, term in self.terms.items():
-                values[name] = term(student, teacher if term.reads_teacher else None, batch)
+                value = term(student, teacher if term.reads_teacher else None, batch)
+                if not isinstance(value, Tensor) or value.ndim:
+                    raise UserError(
+                        f"loss {name!r} must return a scalar tensor; average over the batch in its forward."
+                    )
+                values[name] = value
         total = torch.stack([self.weights[name] * value for name, value in values.items()]).sum()
         return total, {name: value.detach() for name, value in values.items()}
 

@@ -66,10 +66,13 @@ def parse_base(base: str) -> tuple[str, dict[str, Any]]:
     return name, given
 
 
-def check_base(base: str, input_size: int | None = None) -> None:
-    """Raise UserError where :func:`resolve` would; costs no memory and draws no random numbers."""
+def check_base(base: str, input_size: int | None = None) -> int:
+    """The input size in px that :func:`resolve` would settle on; raises UserError where it would.
+
+    Costs no memory and draws no random numbers.
+    """
     with torch.device("meta"):
-        resolve(base, input_size)
+        return resolve(base, input_size).input_size
 
 
 def resolve(base: str, input_size: int | None = None) -> Resolved:

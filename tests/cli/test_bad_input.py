@@ -162,3 +162,73 @@ def test_disk_content_survives_refusals(tmp_path, image_folder, capsys):
     refusal(train, [*TINY, "--data", image_folder, "--save_dir", run, "--lr", "0.5"], capsys)
     assert before == {p.name: p.read_bytes() for p in run.iterdir() if p.is_file()}
     shutil.rmtree(run)
+
+
+def test_cheap_refusals_come_before_the_data(refused, tmp_path):
+    nowhere = tmp_path / "nowhere"
+    assert "run_distill.py" in refused("--loss", "rkd_angle:1", data=nowhere)
+    assert "--num_image_per_class 2" in refused("--num_image_per_class", 1, data=nowhere)
+    assert "--seed" in refused("--seed", -1, data=nowhere)
+    (tmp_path / "file").touch()
+    assert "is a file" in refused("--save_dir", tmp_path / "file", data=nowhere)
+    assert "cannot embed images" in refused("--base", "googlenet", "--input_size", 16, "--pretrained", "false")
+
+
+@pytest.mark.parametrize(
+    "code, message",
+    [("import nothing_of_that_name", "needs the module"), ("1 +", "SyntaxError"), ("raise ValueError('no')", "no")],
+)
+def test_plugins_that_fail_are_named(refused, tmp_path, code, message):
+    plugin = tmp_path / f"p{abs(hash(code))}.py"
+    plugin.write_text(code)
+    text = refused("--plugins", plugin)
+    assert plugin.name in text and message in text
+    assert "does not exist" in refused("--plugins", tmp_path / "none.py")
+    assert "no such module" in refused("--plugins", "nothing_of_that_name")
+
+
+def test_a_loss_that_is_no_scalar(tmp_path, image_folder, capsys):
+    plugin = tmp_path / "vector.py"
+    plugin.write_text(
+        "from metric_kd.losses.term import TERMS, Term\n"
+        "@TERMS.register('vector')\n"
+        "class Vector(Term):\n"
+        "    def forward(self, student, teacher, batch):\n"
+        "        return student.embedding.sum(1)\n"
+    )
+    flags = [*TINY, "--data", image_folder, "--save_dir", tmp_path / "run", "--plugins", plugin, "--loss", "vector:1"]
+    assert "scalar" in refusal(train, flags, capsys)
+
+
+def test_out_of_memory_names_a_batch_that_fits(monkeypatch, tmp_path, image_folder, capsys):
+    from metric_kd.engine.tasks import Embedding
+
+    forward = Embedding.forward
+
+    def hungry(self, batch):
+        if len(batch.labels) > 8:
+            raise torch.OutOfMemoryError("CUDA out of memory.")
+        return forward(self, batch)
+
+    monkeypatch.setattr(Embedding, "forward", hungry)
+    text = refusal(train, [*TINY, "--data", image_folder, "--save_dir", tmp_path / "run"], capsys)
+    assert "--batch 6" in text
+
+
+def test_embed_refuses_before_it_works(teacher_run, image_folder, tmp_path, capsys):
+    def embed(*flags):
+        assert metric_kd(["embed", str(teacher_run), *map(str, flags)]) == 2
+        return capsys.readouterr().err
+
+    assert "--batch" in embed("--images", image_folder, "--out", tmp_path / "a.npy", "--batch", 0)
+    assert ".npy" in embed("--images", image_folder, "--out", tmp_path / "a.txt")
+    assert "create it first" in embed("--images", image_folder, "--out", tmp_path / "no" / "a.npy")
+    assert "images" in embed("--out", tmp_path / "a.npy")
+    (tmp_path / "d.npy").mkdir()
+    assert ".npy" in embed("--images", image_folder, "--out", tmp_path / "d.npy")
+    broken = tmp_path / "broken"
+    broken.mkdir()
+    (broken / "a.png").write_bytes(b"\x89PNG\r\n\x1a\n broken")
+    assert "a.png" in embed("--images", broken, "--out", tmp_path / "a.npy")
+    assert "none of the images" in embed("--images", broken, "--out", tmp_path / "a.npy", "--skip_unreadable")
+    assert not list(tmp_path.glob("a.*"))

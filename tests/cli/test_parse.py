@@ -49,7 +49,7 @@ def test_ratio_flags_are_spellings_of_loss():
     ]
     assert fold(parse("distill", flags).config).loss == [
         "l2_triplet:1,margin=0.3,sample=distance",
-        "dark_rank:2,alpha=4.0,beta=3.0",
+        "dark_rank:2,alpha=4,beta=3",
         "at:3,reduction=sum",
         "fitnet:5",
     ]
@@ -123,6 +123,10 @@ def test_presets_are_complete_recipes():
         ("l2_triplet:1,margin", "option=value"),
         ("rkd_angle:1,beta=2", "takes no options"),
         ("l2_triplet:x", "finite number"),
+        ("l2_triplet:[1", "finite number"),
+        ("l2_triplet:nan", "finite number"),
+        ("l2_triplet:1,sample=[", "unknown sampler"),
+        ("l2_triplet:1,margin=null", "needs a value"),
         ("l2_triplet:1,sample=hrd", "did you mean 'hard'"),
         ("l2_triplet:1,margin=wide", "is a number"),
     ],
@@ -149,3 +153,55 @@ def test_help_shows_underscores_and_every_flag(capsys):
         parse("distill", ["--help"])
     text = capsys.readouterr().out
     assert "--lr_decay_epochs" in text and "--lr-decay-epochs" not in text and "--teacher_load" in text
+
+
+@pytest.mark.parametrize(
+    "line, word",
+    [
+        ("optimizer: adamx", "--optimizer"),
+        ("freeze_bn: maybe", "--freeze_bn"),
+        ("l2normalize: nope", "--l2normalize"),
+        ("batch: twelve", "--batch"),
+        ("epochs: null", "epochs is null"),
+        ("lr: [1, 2]", "lr takes one value"),
+        ("seed: abc", "--seed"),
+        ("lr_decay_epochs: null", "lr_decay_epochs is null"),
+        ("recall: x", "--recall"),
+        ("loss: [{weight: 1}]", "a map with a name"),
+        ("input_size: big", "--input_size"),
+    ],
+)
+def test_values_in_yaml_are_checked_like_flags(line, word, tmp_path):
+    (tmp_path / "c.yaml").write_text(line)
+    with pytest.raises(UserError, match=word):
+        parse("train", ["--config", str(tmp_path / "c.yaml")])
+
+
+def test_natural_yaml_is_understood(tmp_path):
+    (tmp_path / "c.yaml").write_text(
+        "train_classes: 4\npretrained: false\nrecall: 2\nlr_decay_epochs: []\nplugins: a.py\nload: null\nfreeze_bn: true\n"
+        "loss: l1_triplet:1\n"
+    )
+    config = parse("train", ["--config", str(tmp_path / "c.yaml")]).config
+    assert (config.train_classes, config.pretrained, config.recall, config.lr_decay_epochs) == ("4", "false", [2], [])
+    assert (config.plugins, config.load, config.freeze_bn, config.loss) == (["a.py"], None, True, ["l1_triplet:1"])
+
+
+def test_a_bare_boolean_flag_means_true():
+    config = parse("train", ["--dry_run", "--freeze-bn", "--deterministic", "false", "--skip_unreadable"]).config
+    assert (config.dry_run, config.freeze_bn, config.deterministic, config.skip_unreadable) == (True, True, False, True)
+
+
+def test_weights_and_options_survive_the_saved_spelling():
+    text = fold(parse("train", ["--loss", "l2_triplet:0.123456789,margin=1e-1"]).config).loss
+    assert text == ["l2_triplet:0.123456789,margin=0.1,sample=all"]
+    assert fold(parse("train", ["--loss", "cross_entropy:1,scale=null"]).config).loss == ["cross_entropy:1,scale=null"]
+    assert fold(parse("train", ["--loss", "cross_entropy:1,scale=1e1"]).config).loss == ["cross_entropy:1,scale=10"]
+
+
+def test_another_load_makes_what_a_file_says_of_its_network_no_contradiction(tmp_path):
+    (tmp_path / "c.yaml").write_text("teacher_base: resnet14\nteacher_load: a\nbatch: 12\n")
+    given = parse("distill", ["--config", str(tmp_path / "c.yaml")]).given
+    assert {"teacher_base", "batch"} <= given
+    given = parse("distill", ["--config", str(tmp_path / "c.yaml"), "--teacher_load", "b"]).given
+    assert "teacher_base" not in given and "batch" in given

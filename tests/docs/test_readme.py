@@ -27,13 +27,21 @@ def test_python_blocks_run():
         exec(compile(block, "README.md", "exec"), {})
 
 
-@pytest.mark.parametrize("file", ["README.md", *(f"examples/{p.name}" for p in sorted((ROOT / "examples").glob("*.sh")))])
+@pytest.mark.parametrize(
+    "file", ["README.md", *(f"examples/{p.name}" for p in sorted((ROOT / "examples").glob("*.sh")))]
+)
 def test_every_command_parses(file):
     found = commands_in((ROOT / file).read_text())
     assert len(found) >= 2, "commands are not found any more"
     for words in found:
         name, rest = (words[1], words[2:]) if words[0] == "python" else (words[1], words[2:])
-        kind = {"run.py": "train", "run_distill.py": "distill", "train": "train", "eval": "train", "distill": "distill"}.get(name)
+        kind = {
+            "run.py": "train",
+            "run_distill.py": "distill",
+            "train": "train",
+            "eval": "train",
+            "distill": "distill",
+        }.get(name)
         if kind is not None:
             fold(parse(kind, rest).config)
 
@@ -42,7 +50,12 @@ def test_supported_names_are_real():
     from metric_kd.cli.listing import names
 
     table = README.split("## What is there")[1].split("## One run")[0]
-    for kind, row in (("datasets", "data sets"), ("samplers", "triplet samplers"), ("losses", "losses"), ("methods", "distillation")):
+    for kind, row in (
+        ("datasets", "data sets"),
+        ("samplers", "triplet samplers"),
+        ("losses", "losses"),
+        ("methods", "distillation"),
+    ):
         line = next(text for text in table.splitlines() if text.startswith(f"| {row} |"))
         for name in names(kind):
             assert name in line, f"the README's row {row!r} lacks {name}"

@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from conftest import ROOT, TINY, command
+from conftest import ROOT, TINY, command, start
 
 from metric_kd.cli.train import main
 from metric_kd.engine.checkpoint import read_checkpoint
@@ -27,17 +27,6 @@ def equal(a: dict, b: dict) -> bool:
 
 def flags(data: Path, run: Path, *more: str) -> list[str]:
     return [*TINY, "--data", str(data), "--save_dir", str(run), "--loss", "l2_triplet:1,sample=distance", *more]
-
-
-def start(arguments: list[str]) -> subprocess.Popen:
-    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
-    return subprocess.Popen(
-        [sys.executable, "run.py", *arguments],
-        cwd=ROOT,
-        env=environment,
-        stdout=subprocess.PIPE,
-        stderr=subprocess.STDOUT,
-    )
 
 
 def wait_for(condition, process: subprocess.Popen, seconds: float = 60) -> None:
@@ -176,3 +165,25 @@ def test_torchrun_with_two_processes_ends_with_a_checkpoint(image_folder, teache
     assert done.returncode == 0, done.stderr[-2000:]
     assert read_checkpoint(run / "last.pth")["environment"]["processes"] == 2
     assert "Final Recall@1" in (run / "result.txt").read_text()
+
+
+def test_sigterm_during_evaluation_stops_at_once_with_everything_saved(image_folder, tmp_path, uninterrupted):
+    run = tmp_path / "run"
+    slow = tmp_path / "slow.py"
+    slow.write_text(
+        "import time\n"
+        "import metric_kd.cli.session as session\n"
+        "evaluate = session.evaluate_retrieval\n"
+        "def slowly(*args, **kwargs):\n"
+        "    time.sleep(60)\n"
+        "    return evaluate(*args, **kwargs)\n"
+        "session.evaluate_retrieval = slowly\n"
+    )
+    common = flags(image_folder, run, "--epochs", "6", "--iter_per_epoch", "12", "--save_minutes", "60")
+    process = start([*common, "--plugins", str(slow)])
+    wait_for(lambda: step_of(run) >= 12, process)
+    process.send_signal(signal.SIGTERM)
+    process.communicate(timeout=30)
+    assert process.returncode == 143
+    main(common)
+    assert equal(weights(run), weights(uninterrupted))
