@@ -19,6 +19,7 @@ from metric_kd.data import ImageLoader, load_dataset
 from metric_kd.data.transforms import Geometry
 from metric_kd.deploy.embedder import load
 from metric_kd.evaluation.embed import embed
+from metric_kd.evaluation.metrics import recall
 from metric_kd.evaluation.retrieval import evaluate_retrieval
 from metric_kd.report.gallery import pixels_of, retrieval_gallery
 from metric_kd.report.page import RunSummary, write_page
@@ -42,7 +43,7 @@ RUNS = {
         "run.py",
         "Student without a teacher, longer",
         "control",
-        f"{STUDENT} --lr 5e-3 --epochs 12 --loss {TRIPLET}",
+        f"{STUDENT} --lr 5e-3 --epochs 11 --loss {TRIPLET}",
     ),
 }
 """Each student learns at the rate that suited it best of 3e-3, 5e-3, 1e-2 and 2e-2; the last one costs about as much
@@ -88,18 +89,20 @@ def main() -> None:
         k=5,
         title="What the networks find",
     )
+    pixels = recall(torch.from_numpy(splits.test.pixels).flatten(1).float(), torch.from_numpy(splits.test.labels), [1])
     page = write_page(
         options.out / "report.html",
         title="What distillation gave",
         intro="A large network (the teacher) and a small one (the student) learn to embed rendered characters so that images "
-        "of the same character lie close together. The student is trained twice from the same random weights, for the same "
-        "number of steps: once on its own, and once with a teacher whose distances and angles between images it imitates "
-        "(relational knowledge distillation). All are tested on characters that none of them has seen.",
+        "of the same character lie close together. The student is trained three times from the same random weights: on its "
+        "own, with a teacher whose distances and angles between images it imitates (relational knowledge distillation), and on "
+        "its own again for as long as distillation took. All are tested on characters that none of them has seen.",
         runs=runs,
         galleries=[gallery],
         facts={
             "Training": f"{len(splits.train)} images of {splits.train.num_classes} characters",
             "Test": f"{len(splits.test)} images of {splits.test.num_classes} other characters, each a query against all others",
+            "Raw pixels": f"nearest neighbour by pixels, no network: Recall@1 {100 * pixels[1]:.1f}%",
             "Seed": "0",
             "Versions": f"Python {platform.python_version()}, PyTorch {torch.__version__}",
             "Threads": str(torch.get_num_threads()),
