@@ -8,7 +8,7 @@ import sys
 import tempfile
 from pathlib import Path
 
-from conftest import TINY, start, write_images
+from tiny import TINY, start, write_images
 from tqdm import tqdm
 
 

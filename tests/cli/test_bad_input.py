@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from conftest import TINY, command, write_images
+from tiny import TINY, command, write_images
 
 from metric_kd.cli.distill import main as distill
 from metric_kd.cli.main import main as metric_kd

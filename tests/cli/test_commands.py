@@ -6,7 +6,7 @@ import json
 import numpy as np
 import pytest
 import torch
-from conftest import TINY
+from tiny import TINY
 
 import metric_kd
 from metric_kd.cli.distill import main as distill

@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from conftest import ROOT, TINY, command, start
+from tiny import ROOT, TINY, command, start
 
 from metric_kd.cli.train import main
 from metric_kd.engine.checkpoint import read_checkpoint

@@ -4,7 +4,7 @@ import json
 
 import pytest
 import torch
-from conftest import TINY
+from tiny import TINY
 
 from metric_kd.cli.train import main
 from metric_kd.engine.checkpoint import read_checkpoint, write_checkpoint
