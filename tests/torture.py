@@ -42,6 +42,7 @@ def main() -> int:
             assert not early, "the run came to its end before the kills did; raise its epochs"
         for run in tqdm((broken, whole), desc="runs to the end"):
             assert finish([*common, "--save_dir", str(run)])
+        print(f"{options.kills} kills")
         return compare(whole, broken)
 
 

@@ -2,7 +2,7 @@
 
 import json
 from contextlib import nullcontext
-from typing import Any
+from typing import Any, NamedTuple
 
 from tqdm import tqdm
 
@@ -10,11 +10,14 @@ from metric_kd import distributed
 from metric_kd.cli.config import default_save_dir, to_dict
 from metric_kd.cli.parse import Parsed
 from metric_kd.cli.session import Session, build, checked, make_batches, make_evaluate, make_settings, make_task
+from metric_kd.data.batches import ClassBalancedBatches
 from metric_kd.engine.checkpoint import read_checkpoint, write_text
 from metric_kd.engine.logging import TensorBoard
 from metric_kd.engine.reproducibility import weights_digest
 from metric_kd.engine.run_directory import RunDirectory
+from metric_kd.engine.tasks import Embedding
 from metric_kd.engine.trainer import Trainer
+from metric_kd.evaluation.search import backend
 
 
 def fit(command: str, parsed: Parsed) -> dict[str, float]:
@@ -43,15 +46,11 @@ def fit(command: str, parsed: Parsed) -> dict[str, float]:
         session.close()
 
 
-def _fit(session: Session, run: RunDirectory, task: Any, batches: Any, config: dict[str, Any]) -> dict[str, float]:
-    on_validation = session.validation is not None
-    evaluate = (
-        make_evaluate(session, session.validation, "val_")
-        if session.validation is not None
-        else make_evaluate(session, session.test)
-    )
+def _fit(
+    session: Session, run: RunDirectory, task: Embedding, batches: ClassBalancedBatches, config: dict[str, Any]
+) -> dict[str, float]:
+    loader, prefix = (session.test, "") if session.validation is None else (session.validation, "val_")
     first = session.config.recall[0]
-    select = {"last": None, "val": f"val_recall@{first}", "test": f"recall@{first}"}[session.config.select]
     trainer = Trainer(
         task,
         make_settings(session.config),
@@ -59,8 +58,8 @@ def _fit(session: Session, run: RunDirectory, task: Any, batches: Any, config: d
         session.train,
         batches,
         session.device,
-        evaluate=evaluate,
-        select=select,
+        evaluate=make_evaluate(session, loader, prefix),
+        select=None if session.config.select == "last" else f"{prefix}recall@{first}",
         eval_every=session.config.eval_every,
         config=config,
     )
@@ -78,55 +77,66 @@ def _fit(session: Session, run: RunDirectory, task: Any, batches: Any, config: d
         say(f"training into {run.path}")
     if distributed.is_main():
         run.open(config)
-    board = TensorBoard.if_installed(run.path / "tensorboard", trainer.epoch) if distributed.is_main() else None
-    trainer.observers = [board] if board is not None else []
+        board = TensorBoard.if_installed(run.path / "tensorboard", trainer.epoch)
+        trainer.observers = [board] if board is not None else []
     trainer.fit()
-    return _finish(session, run, trainer, on_validation)
+    return distributed.from_main(_finish(session, run, trainer) if distributed.is_main() else {})
 
 
-def _finish(session: Session, run: RunDirectory, trainer: Trainer, on_validation: bool) -> dict[str, float]:
-    """Write best.pth, result.txt and, last of all, card.json."""
-    metrics: dict[str, float] = {}
-    if distributed.is_main():
-        keys = [f"recall@{k}" for k in session.config.recall]
-        on_test = make_evaluate(session, session.test)
-        record = (run.history() or [{}])[-1]
-        final = {key: record[key] for key in keys} if keys[0] in record else on_test(trainer.task.student)
-        best, chosen = final, "last epoch"
-        if on_validation:
-            trainer.task.student.load_state_dict(read_checkpoint(run.best)["model"])
-            best, chosen = on_test(trainer.task.student), f"epoch {trainer.best['epoch']}, selected on held-out classes"
-        elif session.config.select == "test":
-            best = {key: trainer.best[key] for key in keys}
-            chosen = f"epoch {trainer.best['epoch']}, selected on test"
-        trainer.finish(final)
-        suffix = ", beside a best that was selected on test" if session.config.select == "test" else ""
-        lines = [f"Best Recall@{k}: {100 * best[f'recall@{k}']:.4f} ({chosen})" for k in session.config.recall]
-        lines += [
-            f"Final Recall@{k}: {100 * final[f'recall@{k}']:.4f} (last epoch{suffix})" for k in session.config.recall
-        ]
-        card = {
-            "environment": trainer.environment,
-            "seed": session.config.seed,
-            "epochs": session.config.epochs,
-            "data": {
-                "name": session.config.dataset,
-                "train": [len(session.train.records), session.train.records.num_classes],
-                "test": [len(session.test.records), session.test.records.num_classes],
-                "fingerprint": [session.train.records.fingerprint(), session.test.records.fingerprint()],
-                "skipped": len(session.train.skipped) + len(session.test.skipped),
-            },
-            "parameters": sum(p.numel() for p in trainer.task.student.parameters()),
-            "losses": session.config.loss,
-            "selection": chosen,
-            "metrics": {"best": best, "final": final},
-        }
-        write_text(run.result, "\n".join(lines) + "\n")
-        write_text(run.card, json.dumps(card, indent=2) + "\n")
-        say("\n".join(lines))
-        say(f"wrote {run.best}")
-        metrics = best
-    return distributed.from_main(metrics)
+class Result(NamedTuple):
+    """Recall on the test classes, as fractions: of the network that was chosen, and of the last epoch's."""
+
+    best: dict[str, float]
+    final: dict[str, float]
+    chosen: str
+
+
+def _finish(session: Session, run: RunDirectory, trainer: Trainer) -> dict[str, float]:
+    """Write best.pth, result.txt and, last of all, card.json; returns the metrics of the result."""
+    result = _result(session, run, trainer)
+    trainer.finish(result.final)
+    suffix = ", beside a best that was selected on test" if session.config.select == "test" else ""
+    ks = session.config.recall
+    lines = [f"Best Recall@{k}: {100 * result.best[f'recall@{k}']:.4f} ({result.chosen})" for k in ks]
+    lines += [f"Final Recall@{k}: {100 * result.final[f'recall@{k}']:.4f} (last epoch{suffix})" for k in ks]
+    write_text(run.result, "\n".join(lines) + "\n")
+    write_text(run.card, json.dumps(_card(session, trainer, result), indent=2) + "\n")
+    say("\n".join([*lines, f"wrote {run.best}"]))
+    return result.best
+
+
+def _result(session: Session, run: RunDirectory, trainer: Trainer) -> Result:
+    keys = [f"recall@{k}" for k in session.config.recall]
+    on_test = make_evaluate(session, session.test)
+    record = (run.history() or [{}])[-1]
+    final = {key: record[key] for key in keys} if keys[0] in record else on_test(trainer.task.student)
+    if session.config.select == "last":
+        return Result(final, final, "last epoch")
+    epoch = f"epoch {trainer.best['epoch']}"
+    if session.config.select == "test":
+        return Result({key: trainer.best[key] for key in keys}, final, f"{epoch}, selected on test")
+    trainer.task.student.load_state_dict(read_checkpoint(run.best)["model"])
+    return Result(on_test(trainer.task.student), final, f"{epoch}, selected on held-out training classes")
+
+
+def _card(session: Session, trainer: Trainer, result: Result) -> dict[str, Any]:
+    config, train, test = session.config, session.train, session.test
+    return {
+        "environment": {**trainer.environment, "search": backend()},
+        "seed": config.seed,
+        "epochs": config.epochs,
+        "data": {
+            "name": config.dataset,
+            "train": [len(train.records), train.records.num_classes],
+            "test": [len(test.records), test.records.num_classes],
+            "fingerprint": [train.records.fingerprint(), test.records.fingerprint()],
+            "skipped": len(train.skipped) + len(test.skipped),
+        },
+        "parameters": sum(p.numel() for p in trainer.task.student.parameters()),
+        "losses": config.loss,
+        "selection": result.chosen,
+        "metrics": {"best": result.best, "final": result.final},
+    }
 
 
 def say(text: str) -> None:
