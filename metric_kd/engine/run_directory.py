@@ -103,7 +103,7 @@ class RunDirectory:
     def locked(self) -> Iterator[None]:
         """Hold the directory for one process; a second one is refused. The lock dies with its process."""
         self.path.mkdir(parents=True, exist_ok=True)
-        handle = os.open(self.path / ".lock", os.O_CREAT | os.O_RDWR)
+        handle = os.open(self.path / ".lock", os.O_CREAT | os.O_RDWR, 0o644)
         try:
             try:
                 fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
