@@ -5,7 +5,8 @@
 DIR holds ``omniglot_small/<alphabet>/<character>/*.png`` and ``cifar100/{train,test}/<class>/*.png``. Classes of training
 and test are disjoint; Recall@1 on the test classes, every image a query against all others, is measured once per network,
 after its last step. Every arm of a comparison starts from the same weights and sees the same batches. The control at equal
-compute gives the student without a teacher as many more steps as the teacher's forward passes cost, measured here.
+compute gives the student without a teacher as many more steps as the teacher's forward passes and the relational losses
+cost, in processor time measured in the same run.
 
 ``--choose`` picks the learning rates instead of using those below: it trains on the first four fifths of the training
 classes and compares on the last fifth.
