@@ -5,7 +5,7 @@ import csv
 import io
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 
@@ -59,7 +59,7 @@ def _parser(program: str | None) -> Any:
     parser.add_argument("--images", type=str, required=True, help="folder of images, searched through")
     parser.add_argument("--out", type=str, required=True, help="FILE.npy to write; the names go to FILE.csv beside it")
     parser.add_argument("--batch", type=int, default=64, help="images per forward pass")
-    parser.add_argument("--device", type=str, default="auto", choices=["auto", "cpu", "cuda"], help="where to compute")
-    parser.add_argument("--precision", type=str, default="fp32", choices=["fp32", "bf16", "fp16"], help="precision")
+    parser.add_argument("--device", type=Literal["auto", "cpu", "cuda"], default="auto", help="where to compute")
+    parser.add_argument("--precision", type=Literal["fp32", "bf16", "fp16"], default="fp32", help="precision")
     parser.add_argument("--skip_unreadable", action="store_true", help="count and skip images that cannot be read")
     return parser

@@ -17,6 +17,7 @@ from metric_kd.engine.reproducibility import weights_digest
 from metric_kd.engine.run_directory import RunDirectory
 from metric_kd.engine.tasks import Embedding
 from metric_kd.engine.trainer import Trainer
+from metric_kd.errors import UserError
 from metric_kd.evaluation.search import backend
 
 
@@ -41,7 +42,12 @@ def fit(command: str, parsed: Parsed) -> dict[str, float]:
             if distributed.is_main() and fresh:
                 run.clear()
             distributed.barrier()
-            return _fit(session, run, task, batches, config)
+            try:
+                return _fit(session, run, task, batches, config)
+            except UserError:
+                if distributed.is_main():
+                    run.discard_unstarted()
+                raise
     finally:
         session.close()
 

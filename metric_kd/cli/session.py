@@ -182,6 +182,11 @@ def _train_classes(text: str | None) -> int | list[str] | None:
     return [line.strip() for line in Path(text).read_text().splitlines() if line.strip()]
 
 
+def run_of(path: str) -> RunDirectory:
+    """The run to which a directory or a checkpoint in it belongs."""
+    return RunDirectory(path if Path(path).is_dir() else Path(path).parent)
+
+
 def with_checkpoints(config: RunConfig, given: frozenset[str]) -> RunConfig:
     """What a checkpoint says of its network, and a run to evaluate of its data, replaces the defaults.
 
@@ -191,8 +196,7 @@ def with_checkpoints(config: RunConfig, given: frozenset[str]) -> RunConfig:
         config = _adopt(config, config.teacher_load, "teacher_", given, "teacher")
     if is_evaluation(config) and config.load is not None:
         config = _adopt(config, config.load, "", given, "checkpoint")
-        folder = Path(config.load) if Path(config.load).is_dir() else Path(config.load).parent
-        stored = RunDirectory(folder).stored_config() or {}
+        stored = run_of(config.load).stored_config() or {}
         data = {key: stored[key] for key in ("dataset", "data", "train_classes", "recall") if key in stored}
         config = replace(config, **{key: value for key, value in data.items() if key not in given})
     return config

@@ -35,7 +35,7 @@ class Embedder:
         (N, H, W, 3) uint8 array. Raises ``UserError`` for an unreadable file (named) and for anything else, unless
         ``skipped`` is a list: then such images are added to it, and left out.
         """
-        if isinstance(images, str | Path):
+        if isinstance(images, str | Path) or hasattr(images, "convert"):
             images = [images]
         count = len(images)
         vectors: list[np.ndarray] = []

@@ -4,6 +4,7 @@ import contextlib
 import fcntl
 import json
 import os
+import shutil
 import tempfile
 from collections.abc import Iterator
 from pathlib import Path
@@ -78,8 +79,13 @@ class RunDirectory:
             )
         return state
 
+    def started(self) -> bool:
+        """Whether there is anything to go on from, or a result."""
+        return self.last.is_file() or self.best.is_file()
+
     def stored_config(self) -> dict[str, Any] | None:
-        if not self.config.is_file():
+        """The config of the run in the directory; None where there is none, or where it was stopped before it saved."""
+        if not self.config.is_file() or not self.started():
             return None
         try:
             content = yaml.safe_load(self.config.read_text())
@@ -99,14 +105,27 @@ class RunDirectory:
         for file in (self.last, self.metrics, self.result, self.best, self.card, self.config):
             file.unlink(missing_ok=True)
 
+    def discard_unstarted(self) -> None:
+        """Remove what a run wrote that was refused before its first checkpoint; files of others stay."""
+        if self.started() or not self.path.is_dir():
+            return
+        for file in (self.config, self.metrics, self.path / ".lock"):
+            file.unlink(missing_ok=True)
+        shutil.rmtree(self.path / "tensorboard", ignore_errors=True)
+        with contextlib.suppress(OSError):  # not empty: someone else's files
+            self.path.rmdir()
+
     @contextlib.contextmanager
     def locked(self) -> Iterator[None]:
-        """Hold the directory for one process; a second one is refused. The lock dies with its process."""
+        """Hold the directory for one process; a second one is refused.
+
+        The lock dies with its process: unlike flock's, it is not handed to processes that decode images.
+        """
         self.path.mkdir(parents=True, exist_ok=True)
         handle = os.open(self.path / ".lock", os.O_CREAT | os.O_RDWR, 0o644)
         try:
             try:
-                fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                fcntl.lockf(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
             except OSError as error:
                 raise UserError(
                     f"another process is writing {self.path}; wait for it or give another --save_dir."

@@ -190,7 +190,8 @@ class Trainer:
         self.epoch, self.iteration, self.seconds = self.epoch + 1, 0, 0.0
         if distributed.is_main():
             self.run.append_metrics(record)
-            tqdm.write(epoch_line(record, self.settings.epochs))
+            on_test = self.select is not None and self.select.startswith("recall@")
+            tqdm.write(epoch_line(record, self.settings.epochs) + ("  (best is selected on test)" if on_test else ""))
         self.save(0.0)
         return record
 

@@ -4,7 +4,7 @@ from torch import Tensor
 
 from metric_kd.distances import Pairwise
 from metric_kd.errors import UserError
-from metric_kd.losses.samplers import SAMPLERS, Triplets
+from metric_kd.losses.samplers import SAMPLERS, DistanceWeighted, Triplets
 from metric_kd.losses.term import TERMS, Term
 from metric_kd.types import Batch, Output
 
@@ -45,6 +45,8 @@ def _margin_loss(
 class TripletTerm(Term):
     """Base of the losses over sampled triplets: ``sample`` is a name of ``SAMPLERS``, ``margin`` a distance.
 
+    reference_maximum: sample as the RKD code does, see :class:`~metric_kd.losses.samplers.DistanceWeighted`.
+
     A batch without triplets costs nothing and has a zero gradient. Raises ``UserError`` for an unknown sampler or a
     negative margin.
     """
@@ -52,12 +54,16 @@ class TripletTerm(Term):
     cost = "N^2 D + triplets"
     paper = "FaceNet: A Unified Embedding for Face Recognition and Clustering, 2015, arXiv 1503.03832"
 
-    def __init__(self, margin: float = 0.2, sample: str = "all"):
+    def __init__(self, margin: float = 0.2, sample: str = "all", reference_maximum: bool = False):
         super().__init__()
         if not margin >= 0:
             raise UserError(f"the margin of a triplet loss is a distance; got {margin:g}, give 0 or more.")
         self.margin = margin
-        self.sampler = SAMPLERS[sample]()
+        if reference_maximum and sample != "distance":
+            raise UserError(
+                f"reference_maximum is an option of the sampler 'distance', not of {sample!r}; leave it out."
+            )
+        self.sampler = DistanceWeighted(reference_maximum=True) if reference_maximum else SAMPLERS[sample]()
 
     def forward(self, student: Output, teacher: Output | None, batch: Batch) -> Tensor:
         assert student.embedding is not None

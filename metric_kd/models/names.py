@@ -71,8 +71,12 @@ def check_base(base: str, input_size: int | None = None) -> int:
 
     Costs no memory and draws no random numbers.
     """
-    with torch.device("meta"):
-        return resolve(base, input_size).input_size
+    try:
+        with torch.device("meta"):
+            return resolve(base, input_size).input_size
+    except NotImplementedError:  # torchvision's RegNets read values while they are built, and meta tensors have none
+        with torch.random.fork_rng():
+            return resolve(base, input_size).input_size
 
 
 def resolve(base: str, input_size: int | None = None) -> Resolved:

@@ -107,6 +107,27 @@ def test_save_dir_without_permission(refused, tmp_path):
     assert "not writable" in refused("--save_dir", tmp_path / "locked" / "run")
 
 
+@pytest.mark.skipif(not Path("/proc").is_dir(), reason="needs a folder that refuses root too")
+def test_save_dir_that_nobody_may_write(refused):
+    assert "not writable" in refused("--save_dir", "/proc/nowhere")
+
+
+def test_an_image_that_breaks_while_training_leaves_nothing(tmp_path, capsys):
+    """Larger images are decoded when they are met: the damage shows late, and the run has saved nothing yet."""
+    from PIL import Image
+
+    data = write_images(tmp_path / "large", 4, 4, size=128)
+    for file in sorted(data.rglob("*.png")):
+        Image.open(file).save(file.with_suffix(".jpg"))
+        file.unlink()
+    broken = data / "class00" / "01.jpg"
+    broken.write_bytes(broken.read_bytes()[:300])
+    flags = [*TINY, "--data", data, "--save_dir", tmp_path / "run", "--input_size", 96, "--batch", 8]
+    assert "01.jpg" in refusal(train, flags, capsys)
+    assert not (tmp_path / "run").exists()
+    assert train([str(f) for f in [*flags, "--skip_unreadable", "--epochs", 1]]) == 0
+
+
 def test_save_dir_is_a_file(refused, tmp_path):
     (tmp_path / "file").touch()
     assert "is a file" in refused("--save_dir", tmp_path / "file")
@@ -121,6 +142,14 @@ def test_names_get_suggestions(refused):
     assert "did you mean 'resnet" in refused("--base", "resnet2O")
     assert "did you mean 'folder'" in refused("--dataset", "foldr")
     assert "did you mean" in refused("--sample", "hrd")
+
+
+@pytest.mark.parametrize("base", ["regnet_y_400mf", "convnext_tiny", "densenet121"])
+def test_torchvision_names_pass_the_checks(base, tmp_path):
+    """RegNets cannot be built without memory; the check must not need that."""
+    from metric_kd.models import check_base
+
+    assert check_base(base) == 224
 
 
 def test_pretrained_true_where_there_is_none(refused):

@@ -79,7 +79,7 @@ def test_fitnets_convolutions_are_trained(teacher_run, image_folder, tmp_path):
 
 
 @pytest.mark.parametrize("select", ["val", "test"])
-def test_selection_is_said(select, image_folder, tmp_path):
+def test_selection_is_said(select, image_folder, tmp_path, capsys):
     train(
         [
             *TINY,
@@ -97,6 +97,8 @@ def test_selection_is_said(select, image_folder, tmp_path):
     card = json.loads((tmp_path / "run" / "card.json").read_text())
     assert all(("selected on test" in line) == (select == "test") for line in result.splitlines())
     lines = [json.loads(line) for line in (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()]
+    assert console(["eval", str(tmp_path / "run")]) == 0
+    assert ("selected on test" in capsys.readouterr().out.splitlines()[-1]) == (select == "test")
     assert all(("val_recall@1" in line) == (select == "val") for line in lines)
     if select == "val":
         assert card["data"]["train"][1] == 4, "a fifth of the training classes, and two at least, is held out"
@@ -135,6 +137,7 @@ def test_cross_entropy_start_then_triplet(image_folder, tmp_path, capsys):
     "flags",
     [
         "--precision bf16",
+        "--precision fp16",
         "--optimizer sgd --schedule cosine --warmup 1",
         "--optimizer adamw --clip_norm 1 --freeze_bn true",
     ],
@@ -158,6 +161,7 @@ def test_embed_and_load(teacher_run, image_folder, tmp_path, capsys):
     arrays = [np.array(Image.open(image_folder / name)) for name in names[:5]]
     assert np.allclose(embedder.embed(arrays), again, atol=1e-6)
     assert np.allclose(embedder.embed(torch.from_numpy(np.stack(arrays)).permute(0, 3, 1, 2)), again, atol=1e-6)
+    assert np.allclose(embedder.embed(Image.open(image_folder / names[0])), again[:1], atol=1e-6)
     with pytest.raises(metric_kd.UserError, match=r"\(H, W, 3\)"):
         embedder.embed([np.zeros((4, 4), np.uint8)])
     assert console(["embed", str(teacher_run), "--images", str(tmp_path / "no"), "--out", str(out)]) == 2

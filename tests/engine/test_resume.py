@@ -115,10 +115,23 @@ def test_the_saved_config_repeats_the_run(image_folder, tmp_path):
 
 
 def test_two_processes_never_share_a_directory(image_folder, tmp_path):
-    from metric_kd.engine.run_directory import RunDirectory
-
-    with RunDirectory(tmp_path / "run").locked(), pytest.raises(UserError, match="another process"):
-        main(flags(image_folder, tmp_path / "run"))
+    run = tmp_path / "run"
+    code = (
+        "import sys\n"
+        "from metric_kd.engine.run_directory import RunDirectory\n"
+        "with RunDirectory(sys.argv[1]).locked():\n"
+        "    print('held', flush=True)\n"
+        "    sys.stdin.read()\n"
+    )
+    holder = subprocess.Popen(
+        [sys.executable, "-c", code, str(run)], cwd=ROOT, stdin=subprocess.PIPE, stdout=subprocess.PIPE
+    )
+    assert holder.stdout.readline() == b"held\n"
+    with pytest.raises(UserError, match="another process"):
+        main(flags(image_folder, run))
+    holder.kill()
+    holder.wait()
+    main(flags(image_folder, run))
 
 
 def test_nan_stops_names_the_term_and_keeps_the_last_good_checkpoint(image_folder, tmp_path):

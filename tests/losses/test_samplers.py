@@ -176,3 +176,12 @@ def test_bad_arguments():
         DistanceWeighted(cut_off=2.0)
     with pytest.raises(UserError, match="did you mean 'semihard'"):
         SAMPLERS["semi_hard"]
+
+
+def test_the_references_maximum_is_an_option_of_the_losses():
+    from metric_kd.losses.objective import Objective, parse_loss
+
+    term = Objective([parse_loss("l2_triplet:1,sample=distance,reference_maximum=true")]).terms["l2_triplet"]
+    assert term.sampler.reference_maximum
+    with pytest.raises(UserError, match="of the sampler 'distance'"):
+        Objective([parse_loss("contrastive:1,sample=hard,reference_maximum=true")])

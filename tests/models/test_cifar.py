@@ -1,5 +1,7 @@
 """Networks for small images: exact parameter counts, shapes, and the pinned forward of the reference."""
 
+import subprocess
+import sys
 from pathlib import Path
 
 import numpy as np
@@ -146,3 +148,32 @@ def test_initialisation_is_kaiming_over_fan_out():
 def test_impossible_sizes_are_refused(base):
     with pytest.raises(UserError):
         build_network(NetworkSpec(base))
+
+
+def test_projection_is_the_strided_convolution():
+    from torch.nn import functional as F
+
+    from metric_kd.models.cifar import Projection
+
+    torch.manual_seed(0)
+    projection = Projection(8, 16, 2, bias=True).double()
+    for size in (7, 8, 33):
+        x = torch.randn(2, 8, size, size, dtype=torch.float64)
+        expected = F.conv2d(x, projection.weight, projection.bias, stride=2)
+        torch.testing.assert_close(projection(x), expected, rtol=1e-12, atol=1e-12)
+    assert projection.stride == (1, 1), "the strided kernel must not be called"
+
+
+def test_narrow_networks_survive_larger_channels_last_images():
+    """PyTorch's strided 1x1 kernel kills the process here; so this runs in a process of its own."""
+    code = (
+        "import torch\n"
+        "from metric_kd.models import NetworkSpec, build_network\n"
+        "torch.set_num_threads(1)\n"
+        "network = build_network(NetworkSpec('resnet8_x0.5', embedding_size=16)).train()\n"
+        "for count in (4, 3, 4, 2) * 5:\n"
+        "    images = torch.randint(0, 256, (count, 3, 96, 96), dtype=torch.uint8)\n"
+        "    images = images.contiguous(memory_format=torch.channels_last)\n"
+        "    network(images).embedding.square().sum().backward()\n"
+    )
+    assert subprocess.run([sys.executable, "-c", code], capture_output=True).returncode == 0
