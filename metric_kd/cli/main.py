@@ -38,7 +38,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
 def run(command: Callable[[Sequence[str], str | None], int], arguments: Sequence[str], program: str) -> int:
     """Run a command; bad input becomes one sentence on standard error and status 2."""
     from metric_kd import distributed
-    from metric_kd.engine.trainer import Interrupted
+    from metric_kd.engine.interruption import Interrupted
 
     try:
         return command(arguments, program)

@@ -1,10 +1,7 @@
 """The trainer: sum the terms, step, save. It knows neither methods nor metrics, only a task and a callable."""
 
-import signal
 import time
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
-from types import FrameType
+from collections.abc import Callable, Sequence
 from typing import Any, Protocol
 
 import numpy as np
@@ -17,6 +14,7 @@ from metric_kd import distributed
 from metric_kd.data.loading import ImageLoader
 from metric_kd.engine import reproducibility
 from metric_kd.engine.checkpoint import write_checkpoint
+from metric_kd.engine.interruption import StopRequest
 from metric_kd.engine.logging import Observer, RunningLosses, not_finite
 from metric_kd.engine.memory import batch_that_fits, is_out_of_memory
 from metric_kd.engine.optimisation import Settings, learning_rate, make_optimizer
@@ -26,14 +24,6 @@ from metric_kd.errors import UserError
 from metric_kd.types import Batch
 
 Evaluate = Callable[[nn.Module], dict[str, float]]
-
-
-class Interrupted(Exception):
-    """Ctrl-C or SIGTERM, after everything was saved."""
-
-    def __init__(self, signum: int):
-        super().__init__(signal.Signals(signum).name)
-        self.signum = signum
 
 
 class BatchSampler(Protocol):
@@ -75,21 +65,20 @@ class Trainer:
         self.seconds = 0.0
         self.environment = reproducibility.environment(device)
         self.module: nn.Module = task
-        self._signal = 0
-        self._stop_at_once = False
+        self.stop = StopRequest()
         self._saved_at = time.monotonic()
 
     def fit(self) -> None:
         """Train from the current position to the last epoch."""
         self._wrap()
-        with self._signals():
+        with self.stop.listening():
             while self.epoch <= self.settings.epochs:
                 started = time.monotonic()
                 self._train_epoch(started)
                 record = self._close_epoch(started)
                 for observer in self.observers if distributed.is_main() else ():
                     observer.epoch_end(record)
-                self._stop_if_signalled()
+                self.stop.raise_if_made()
 
     def _wrap(self) -> None:
         if distributed.world_size() > 1 and self.module is self.task:
@@ -121,11 +110,11 @@ class Trainer:
         """Save where the clock or a signal asks for it; all ranks decide together."""
         due = time.monotonic() - self._saved_at > 60 * self.settings.save_minutes
         if distributed.world_size() == 1 or self.step % self.settings.log_interval == 0:
-            signalled = distributed.any_rank(bool(self._signal))
+            signalled = self.stop.made()
             if signalled or distributed.from_main(due):
                 self.save(time.monotonic() - started)
             if signalled:
-                raise Interrupted(self._signal or signal.SIGTERM)
+                self.stop.raise_if_made()
 
     def _step(self, batch: Batch) -> None:
         rate = learning_rate(self.settings, self.epoch, self.iteration)
@@ -198,12 +187,8 @@ class Trainer:
     def _evaluate(self, started: float) -> dict[str, float]:
         """Evaluation may take long, so the epoch is saved first and a signal stops it at once."""
         self.save(time.monotonic() - started)
-        self._stop_if_signalled()
-        self._stop_at_once = True
-        try:
+        with self.stop.nothing_to_lose():
             metrics = self.evaluate(self.task.student) if distributed.is_main() and self.evaluate else {}
-        finally:
-            self._stop_at_once = False
         return distributed.from_main(metrics)
 
     def _write_best(self, metrics: dict[str, Any]) -> None:
@@ -278,32 +263,6 @@ class Trainer:
         for name, good in zip(state, finite, strict=True):
             if not good:
                 raise UserError(not_finite(f"weight {name!r}", self.step, self.run.last))
-
-    @contextmanager
-    def _signals(self) -> Iterator[None]:
-        """First Ctrl-C or SIGTERM: finish the step, save, stop. A second Ctrl-C stops at once."""
-
-        def note(signum: int, frame: FrameType | None) -> None:
-            if self._stop_at_once:
-                raise Interrupted(signum)
-            if self._signal and signum == signal.SIGINT:
-                raise KeyboardInterrupt
-            self._signal = signum
-
-        try:
-            previous = {s: signal.signal(s, note) for s in (signal.SIGINT, signal.SIGTERM)}
-        except ValueError:  # not in the main thread: the caller's affair
-            previous = {}
-        try:
-            yield
-        finally:
-            for signum, handler in previous.items():
-                signal.signal(signum, handler)
-
-    def _stop_if_signalled(self) -> None:
-        """After an epoch, which was saved."""
-        if distributed.any_rank(bool(self._signal)):
-            raise Interrupted(self._signal or signal.SIGTERM)
 
 
 def freeze_batch_norm(network: nn.Module) -> None:
