@@ -46,8 +46,8 @@ def run(command: Callable[[Sequence[str], str | None], int], arguments: Sequence
         print(f"error: {error}", file=sys.stderr)
         return 2
     except Interrupted as stop:
-        never = "resume" in " ".join(arguments)
-        how = "the same command with --resume auto goes on" if never else "the same command goes on"
+        starts_over = "never" in arguments or "--resume=never" in arguments
+        how = "the same command with --resume auto goes on" if starts_over else "the same command goes on"
         print(f"stopped by {stop}; everything is saved, {how}.", file=sys.stderr)
         return 128 + stop.signum
     except KeyboardInterrupt:

@@ -220,30 +220,21 @@ def _given_fields(config: RunConfig, given: frozenset[str], prefix: str) -> dict
     }
 
 
+def _spec(config: RunConfig, prefix: str, pixels: Pixels) -> NetworkSpec:
+    """The network that the flags describe; with the prefix teacher_ the teacher."""
+    return NetworkSpec(**{field: getattr(config, f"{prefix}{field}") for field in NETWORK_FIELDS}, pixels=pixels)
+
+
 def _teacher(config: RunConfig, given: frozenset[str]) -> Network | None:
     if not isinstance(config, DistillConfig):
         return None
     assert config.teacher_load is not None
-    pixels = default_pixels(config.teacher_base) or Pixels()
-    fallback = NetworkSpec(
-        base=config.teacher_base,
-        embedding_size=config.teacher_embedding_size,
-        l2normalize=config.teacher_l2normalize,
-        input_size=config.teacher_input_size,
-        pixels=pixels,
-    )
+    fallback = _spec(config, "teacher_", default_pixels(config.teacher_base) or Pixels())
     return restore_network(config.teacher_load, fallback, _given_fields(config, given, "teacher_"), "teacher")
 
 
 def _student(config: RunConfig, given: frozenset[str], records: ImageRecords, notes: list[str]) -> Network:
-    pixels = default_pixels(config.base) or _pixels_of(records)
-    spec = NetworkSpec(
-        base=config.base,
-        embedding_size=config.embedding_size,
-        l2normalize=config.l2normalize,
-        input_size=config.input_size,
-        pixels=pixels,
-    )
+    spec = _spec(config, "", default_pixels(config.base) or _pixels_of(records))
     if is_evaluation(config):
         assert config.load is not None
         return restore_network(config.load, spec, _given_fields(config, given, ""))
