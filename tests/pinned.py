@@ -50,3 +50,13 @@ def assert_close(ours: Tensor, pinned: Tensor, rtol: float = 1e-9) -> None:
     scale = pinned.abs().max().clamp(min=1e-300)
     worst = ((ours.detach() - pinned).abs().max() / scale).item()
     assert worst <= rtol, f"differs by {worst:.2e} of the largest entry, more than {rtol:g}"
+
+
+def arrays(group: str) -> dict[str, Tensor]:
+    """The arrays of one group of seeds.npz by name; seeds.json says in words what each group holds."""
+    with np.load(GOLDEN / "seeds.npz") as stored:
+        return {
+            key.partition("/")[2]: torch.from_numpy(np.array(stored[key]))
+            for key in stored
+            if key.startswith(f"{group}/")
+        }
