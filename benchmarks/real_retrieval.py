@@ -30,7 +30,7 @@ from tqdm import tqdm
 import metric_kd.distill  # noqa: F401 (registers the methods)
 from metric_kd.data import ClassBalancedBatches, Geometry, ImageLoader, Splits, hold_out_classes, load_dataset
 from metric_kd.engine.optimisation import Settings, learning_rate, make_optimizer
-from metric_kd.engine.tasks import Embedding
+from metric_kd.engine.tasks import Solo
 from metric_kd.evaluation.embed import embed
 from metric_kd.evaluation.retrieval import evaluate_retrieval
 from metric_kd.losses.objective import Objective, parse_loss
@@ -66,7 +66,7 @@ class Bench:
 
     def fit(self, network: Network, stage: Stage, seed: int, teacher: Network | None = None) -> float:
         """Train in place; returns processor seconds per step."""
-        task = Embedding(network, teacher, Objective([parse_loss(loss) for loss in stage.losses]))
+        task = Solo(network, teacher, Objective([parse_loss(loss) for loss in stage.losses]))
         torch.manual_seed(seed)
         task.build(self.train.example(2), self.train.records.num_classes)
         settings = Settings(epochs=1, iterations=stage.steps, lr=stage.lr, schedule="cosine")

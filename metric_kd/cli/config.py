@@ -19,28 +19,39 @@ def flag(default: Any, text: str) -> Any:
 class RunConfig:
     """What training and distilling have in common."""
 
+    task: Literal["embedding", "classification"] = flag(
+        "embedding", "embeddings for unseen classes, or a classifier (starts from preset zoo)"
+    )
     dataset: str = flag("cub200", "data set; `metric-kd list datasets`")
     data: str = flag("data", "folder in which the data set lies or lands (the CSV file for `table`)")
     train_classes: str | None = flag(
-        None, "classes to train on: a number N (the first N) or a file of names; default half"
+        None, "classes to train on: a number N (the first N) or a file of names; default half (classification: all)"
     )
+    labels: Literal["fine", "coarse"] = flag("fine", "coarse: the 20 superclasses of cifar100")
     base: str = flag("resnet50", "backbone, with options as name:option=value; `metric-kd list backbones`")
     embedding_size: int = flag(128, "length of the embedding; 0: the pooled feature itself")
     l2normalize: bool = flag(True, "scale embeddings to length 1")
     load: str | None = flag(None, "checkpoint or run to start from (to evaluate in eval mode)")
+    student_init: str | None = flag(
+        None, "file of starting weights that several runs share; written by the first of them"
+    )
     batch: int = flag(64, "images per step, over all processes")
-    num_image_per_class: int = flag(5, "images of each class in a batch")
+    num_image_per_class: int = flag(5, "images of each class in a batch (embedding)")
     epochs: int = flag(40, "epochs")
-    iter_per_epoch: int = flag(100, "steps per epoch")
+    iter_per_epoch: int | None = flag(None, "steps per epoch; default 100, for classification once through the images")
     lr: float = flag(1e-5, "learning rate")
     lr_decay_epochs: list[int] = flag(
         [25, 30, 35], "epochs, counted from 1, from which on the rate is multiplied by gamma"
     )
-    lr_decay_gamma: float = flag(0.5, "the factor of --lr_decay_epochs")
+    lr_decay_at: list[float] = flag(
+        [], "the same as shares of --epochs (0.5 0.75): the rate falls after them; replaces --lr_decay_epochs"
+    )
+    lr_decay_gamma: float = flag(0.5, "the factor of --lr_decay_epochs and --lr_decay_at")
     loss: list[str] | None = flag(
         None, "name:weight[,option=value], repeatable; `metric-kd list losses`, `list methods`"
     )
     recall: list[int] = flag([1], "the K of Recall@K (hit rate)")
+    top: list[int] = flag([], "the K of top-K accuracy (classification); default 1 and, with enough classes, 5")
     seed: int = flag(0, "seed of everything random")
     save_dir: str | None = flag(None, "where the run goes; default runs/<command>-<dataset>-<base>-<hash>")
     device: Literal["auto", "cpu", "cuda"] = flag("auto", "where to compute")
@@ -55,7 +66,8 @@ class RunConfig:
     freeze_bn: bool = flag(False, "keep the running statistics of batch normalisation")
     pretrained: str = flag("auto", "auto: ImageNet for torchvision names, none for 32-px names; true, false, or a file")
     select: Literal["last", "val", "test"] = flag(
-        "last", "result: the last epoch; best on held-out training classes; or best on test, the papers' habit"
+        "last",
+        "result: the last epoch; best on held-out training classes (classification: images); or best on test, the papers' habit",
     )
     eval_every: int = flag(1, "epochs between evaluations")
     resume: Literal["auto", "never"] = flag("auto", "continue the run in save_dir, or start it over")
@@ -77,7 +89,7 @@ class TrainConfig(RunConfig):
 
 @dataclass(kw_only=True)
 class DistillConfig(RunConfig):
-    """run_distill.py: distil a teacher into a student."""
+    """run_distill.py: distil a teacher into a student, or let networks teach each other (--mutual)."""
 
     lr: float = flag(1e-4, "learning rate")
     epochs: int = flag(80, "epochs")
@@ -88,6 +100,9 @@ class DistillConfig(RunConfig):
     teacher_l2normalize: bool = flag(True, "likewise whether its embeddings have length 1")
     teacher_load: str | None = flag(None, "the teacher: a run, a checkpoint or a state dict (required)")
     teacher_input_size: int | None = flag(None, "image side for the teacher; default the size it was trained with")
+    mutual: list[str] = flag(
+        [], "instead of a teacher, backbone of a peer that is trained along (repeatable); default loss dml:1"
+    )
     triplet_ratio: float = flag(0.0, "weight of the triplet loss (l2_triplet)")
     triplet_sample: str = flag("distance", "triplet sampler; `metric-kd list samplers`")
     triplet_margin: float = flag(0.2, "margin of the triplet loss")

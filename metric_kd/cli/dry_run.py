@@ -73,9 +73,10 @@ def _one_step(command: str, arguments: list[str]) -> dict[str, Any]:
 def _measured(session: Session) -> str:
     """One step as the trainer takes it, and what it cost, in words."""
     task = make_task(session)
-    settings = make_settings(session.config)
-    order = make_batches(session).epoch(1)
-    trainer = Trainer(task, settings, RunDirectory("."), session.train, make_batches(session), session.device)
+    batches = make_batches(session)
+    order = batches.epoch(1)
+    settings = make_settings(session.config, len(order))
+    trainer = Trainer(task, settings, RunDirectory("."), session.train, batches, session.device)
     batch = next(iter(session.train.train(order[:1], 1))).to(session.device)
     before = reset_peak_memory()
     started = time.perf_counter()

@@ -1,9 +1,9 @@
-"""`run.py --mode eval` and `metric-kd eval RUN`: Recall@K of a checkpoint on unseen classes; writes nothing."""
+"""`run.py --mode eval` and `metric-kd eval RUN`: what a checkpoint achieves on the test images; writes nothing."""
 
 from collections.abc import Sequence
 
 from metric_kd.cli.parse import Parsed, parse
-from metric_kd.cli.session import build, checked, make_evaluate, run_of
+from metric_kd.cli.session import build, checked, run_of
 
 
 def main(arguments: Sequence[str], program: str | None = None) -> int:
@@ -19,7 +19,7 @@ def selected_on_test(load: str | None) -> bool:
 
 
 def evaluate(parsed: Parsed) -> dict[str, float]:
-    """Print and return {"recall@K": fraction} of the network in --load."""
+    """Print and return {metric: fraction} of the network in --load."""
     session = build(checked(parsed))
     for note in (
         *session.notes,
@@ -27,10 +27,10 @@ def evaluate(parsed: Parsed) -> dict[str, float]:
     ):
         print(note)
     try:
-        metrics = make_evaluate(session, session.test)(session.student)
+        metrics = session.goal.evaluate(session.config, session.device, session.test)(session.student)
     finally:
         session.close()
     suffix = " (selected on test)" if selected_on_test(session.config.load) else ""
-    for k in session.config.recall:
-        print(f"Recall@{k}: {100 * metrics[f'recall@{k}']:.4f}{suffix}")
+    for key, title in session.goal.keys(session.config).items():
+        print(f"{title}: {100 * metrics[key]:.4f}{suffix}")
     return metrics

@@ -9,14 +9,13 @@ from tqdm import tqdm
 from metric_kd import distributed
 from metric_kd.cli.config import default_save_dir, to_dict
 from metric_kd.cli.parse import Parsed
-from metric_kd.cli.session import Session, build, checked, make_batches, make_evaluate, make_settings, make_task
-from metric_kd.data.batches import ClassBalancedBatches
+from metric_kd.cli.session import Session, build, checked, make_batches, make_settings, make_task
 from metric_kd.engine.checkpoint import read_checkpoint, write_text
 from metric_kd.engine.logging import TensorBoard
 from metric_kd.engine.reproducibility import weights_digest
 from metric_kd.engine.run_directory import RunDirectory
-from metric_kd.engine.tasks import Embedding
-from metric_kd.engine.trainer import Trainer
+from metric_kd.engine.tasks import Mutual, Solo
+from metric_kd.engine.trainer import BatchSampler, Trainer
 from metric_kd.errors import UserError
 from metric_kd.evaluation.search import backend
 
@@ -53,19 +52,19 @@ def fit(command: str, parsed: Parsed) -> dict[str, float]:
 
 
 def _fit(
-    session: Session, run: RunDirectory, task: Embedding, batches: ClassBalancedBatches, config: dict[str, Any]
+    session: Session, run: RunDirectory, task: Solo | Mutual, batches: BatchSampler, config: dict[str, Any]
 ) -> dict[str, float]:
     loader, prefix = (session.test, "") if session.validation is None else (session.validation, "val_")
-    first = session.config.recall[0]
+    first = next(iter(session.goal.keys(session.config)))
     trainer = Trainer(
         task,
-        make_settings(session.config),
+        make_settings(session.config, len(batches.epoch(1))),
         run,
         session.train,
         batches,
         session.device,
-        evaluate=make_evaluate(session, loader, prefix),
-        select=None if session.config.select == "last" else f"{prefix}recall@{first}",
+        evaluate=session.goal.evaluate(session.config, session.device, loader, prefix),
+        select=None if session.config.select == "last" else f"{prefix}{first}",
         eval_every=session.config.eval_every,
         config=config,
     )
@@ -76,7 +75,8 @@ def _fit(
         say(note)
     extended = (run.stored_config() or {}).get("epochs", session.config.epochs) < session.config.epochs
     if trainer.resume():
-        say(f"resuming {run.path} at epoch {trainer.epoch}, step {trainer.iteration} of it")
+        where = "" if trainer.stage_name is None else f"stage {trainer.stage_name}, "
+        say(f"resuming {run.path} at {where}epoch {trainer.epoch}, step {trainer.iteration} of it")
         if extended and session.config.schedule == "cosine":
             say("more epochs than before: the cosine schedule is another one from here on")
     else:
@@ -90,7 +90,7 @@ def _fit(
 
 
 class Result(NamedTuple):
-    """Recall on the test classes, as fractions: of the network that was chosen, and of the last epoch's."""
+    """Metrics on the test images, as fractions: of the network that was chosen, and of the last epoch's."""
 
     best: dict[str, float]
     final: dict[str, float]
@@ -98,35 +98,47 @@ class Result(NamedTuple):
 
 
 def _finish(session: Session, run: RunDirectory, trainer: Trainer) -> dict[str, float]:
-    """Write best.pth, result.txt and, last of all, card.json; returns the metrics of the result."""
-    result = _result(session, run, trainer)
-    trainer.finish(result.final)
-    suffix = ", beside a best that was selected on test" if session.config.select == "test" else ""
-    ks = session.config.recall
-    lines = [f"Best Recall@{k}: {100 * result.best[f'recall@{k}']:.4f} ({result.chosen})" for k in ks]
-    lines += [f"Final Recall@{k}: {100 * result.final[f'recall@{k}']:.4f} (last epoch{suffix})" for k in ks]
+    """Write the networks, result.txt and, last of all, card.json; returns the metrics of the student."""
+    results = {name: _result(session, run, trainer, name) for name in trainer.task.networks}
+    trainer.finish({name: result.final for name, result in results.items()})
+    lines = [line for name, result in results.items() for line in _lines(session, name, result)]
     write_text(run.result, "\n".join(lines) + "\n")
-    write_text(run.card, json.dumps(_card(session, trainer, result), indent=2) + "\n")
-    say("\n".join([*lines, f"wrote {run.best}"]))
-    return result.best
+    write_text(run.card, json.dumps(_card(session, trainer, results), indent=2) + "\n")
+    say("\n".join([*lines, f"wrote {', '.join(str(run.best_of(name)) for name in results)}"]))
+    return results["student"].best
 
 
-def _result(session: Session, run: RunDirectory, trainer: Trainer) -> Result:
-    keys = [f"recall@{k}" for k in session.config.recall]
-    on_test = make_evaluate(session, session.test)
-    record = (run.history() or [{}])[-1]
-    final = {key: record[key] for key in keys} if keys[0] in record else on_test(trainer.task.student)
+def _lines(session: Session, name: str, result: Result) -> list[str]:
+    suffix = ", beside a best that was selected on test" if session.config.select == "test" else ""
+    titles = session.goal.keys(session.config).items()
+    whose = "" if name == "student" else f"{name}: "
+    lines = [f"{whose}Best {title}: {100 * result.best[key]:.4f} ({result.chosen})" for key, title in titles]
+    return lines + [
+        f"{whose}Final {title}: {100 * result.final[key]:.4f} (last epoch{suffix})" for key, title in titles
+    ]
+
+
+def _result(session: Session, run: RunDirectory, trainer: Trainer, name: str) -> Result:
+    keys = list(session.goal.keys(session.config))
+    on_test = session.goal.evaluate(session.config, session.device, session.test)
+    record, prefix = (run.history() or [{}])[-1], "" if name == "student" else f"{name}_"
+    network = trainer.task.networks[name]
+    stored = {key: record[f"{prefix}{key}"] for key in keys if f"{prefix}{key}" in record}
+    final = stored or on_test(network)
     if session.config.select == "last":
         return Result(final, final, "last epoch")
-    epoch = f"epoch {trainer.best['epoch']}"
+    epoch = f"epoch {trainer.best[name]['epoch']}"
     if session.config.select == "test":
-        return Result({key: trainer.best[key] for key in keys}, final, f"{epoch}, selected on test")
-    trainer.task.student.load_state_dict(read_checkpoint(run.best)["model"])
-    return Result(on_test(trainer.task.student), final, f"{epoch}, selected on held-out training classes")
+        return Result({key: trainer.best[name][key] for key in keys}, final, f"{epoch}, selected on test")
+    network.load_state_dict(read_checkpoint(run.best_of(name))["model"])
+    what = "images" if session.config.task == "classification" else "classes"
+    return Result(on_test(network), final, f"{epoch}, selected on held-out training {what}")
 
 
-def _card(session: Session, trainer: Trainer, result: Result) -> dict[str, Any]:
+def _card(session: Session, trainer: Trainer, results: dict[str, Result]) -> dict[str, Any]:
     config, train, test = session.config, session.train, session.test
+    result = results["student"]
+    others = {name: {"best": r.best, "final": r.final} for name, r in results.items() if name != "student"}
     return {
         "environment": {**trainer.environment, "search": backend()},
         "seed": config.seed,
@@ -141,7 +153,9 @@ def _card(session: Session, trainer: Trainer, result: Result) -> dict[str, Any]:
         "parameters": sum(p.numel() for p in trainer.task.student.parameters()),
         "losses": config.loss,
         "selection": result.chosen,
+        "task": config.task,
         "metrics": {"best": result.best, "final": result.final},
+        "peers": others,
     }
 
 

@@ -1,4 +1,4 @@
-"""`metric-kd list datasets|backbones|samplers|losses|methods`: names, one a line."""
+"""`metric-kd list datasets|backbones|samplers|losses|methods`: names, one a line; of methods also what they are."""
 
 from collections.abc import Sequence
 
@@ -20,6 +20,17 @@ def names(kind: str) -> list[str]:
     return [name for name in TERMS if TERMS[name].reads_teacher == (kind == "methods")]
 
 
+def methods() -> list[str]:
+    """One line per method: name, family, what it reads, cost, default weight, paper."""
+    rows = [("method", "family", "needs", "cost", "weight", "paper")]
+    for name in names("methods"):
+        term = TERMS[name]
+        rows.append((name, term.family, "+".join(term.needs), term.cost, f"{term.default_weight:g}", term.paper))
+    widths = [max(len(row[k]) for row in rows) for k in range(5)]
+    lines = ["  ".join(f"{cell:{width}}" for cell, width in zip(row, widths, strict=False)) for row in rows]
+    return [f"{line}  {row[5]}" for line, row in zip(lines, rows, strict=True)]
+
+
 KINDS = ("datasets", "backbones", "samplers", "losses", "methods")
 
 
@@ -28,5 +39,5 @@ def main(arguments: Sequence[str], program: str | None = None) -> int:
         raise UserError(f"usage: metric-kd list {'|'.join(KINDS)}")
     if arguments[0] not in KINDS:
         raise one_of("list", arguments[0], KINDS)
-    print("\n".join(names(arguments[0])))
+    print("\n".join(methods() if arguments[0] == "methods" else names(arguments[0])))
     return 0

@@ -7,6 +7,7 @@ from metric_kd.cli.config import DistillConfig, RunConfig, TrainConfig
 from metric_kd.errors import UserError
 from metric_kd.losses.objective import LossSpec, option_names, parse_loss
 from metric_kd.losses.samplers import SAMPLERS
+from metric_kd.losses.term import TERMS
 
 
 def fold(config: RunConfig) -> RunConfig:
@@ -14,13 +15,18 @@ def fold(config: RunConfig) -> RunConfig:
 
     Folding twice changes nothing, so that a saved config.yaml means what its run did.
     """
-    losses = [parse_loss(text) for text in config.loss or []]
+    losses = [_on_logits(parse_loss(text), config) for text in config.loss or []]
     if isinstance(config, TrainConfig):
-        losses = losses or [parse_loss("l2_triplet")]
+        usual = "cross_entropy" if config.task == "classification" else "l2_triplet"
+        losses = losses or [_on_logits(parse_loss(usual), config)]
         defaults = {"margin": config.margin, "sample": config.sample}
         return replace(config, loss=[str(_with_defaults(loss, defaults)) for loss in losses])
     assert isinstance(config, DistillConfig)
     losses += [loss for loss in _from_ratios(config) if loss.weight != 0]
+    if config.mutual and not any(TERMS[loss.name].reads_teacher for loss in losses):
+        if not losses and config.task == "classification":
+            losses.append(_on_logits(parse_loss("cross_entropy"), config))
+        losses.append(parse_loss("dml"))
     if not any(loss.weight for loss in losses):
         raise UserError(
             "nothing to learn from: give --dist_ratio 1 --angle_ratio 2, or any --loss name:weight (`metric-kd list methods`)."
@@ -35,6 +41,13 @@ def fold(config: RunConfig) -> RunConfig:
 def losses_of(config: RunConfig) -> list[LossSpec]:
     """The objective of a folded config."""
     return [parse_loss(text) for text in config.loss or []]
+
+
+def _on_logits(loss: LossSpec, config: RunConfig) -> LossSpec:
+    """Cross entropy reads the classifier of a network that has one, instead of training its own."""
+    if config.task == "classification" and loss.name == "cross_entropy" and "features" not in loss.options:
+        return loss._replace(options={**loss.options, "features": "logits"})
+    return loss
 
 
 def _with_defaults(loss: LossSpec, defaults: dict[str, object]) -> LossSpec:

@@ -30,32 +30,45 @@ def presets() -> list[str]:
 def parse(command: str, arguments: Sequence[str], program: str | None = None) -> Parsed:
     """Defaults, then --preset, then --config, then the flags; the later wins.
 
-    What a file says is turned into flags, so that one parser checks all values alike.
+    What a file says is turned into flags, so that one parser checks all values alike. A classification without a preset
+    starts from preset zoo: the defaults are those of metric learning.
     """
     tokens = _explicit_booleans(command, [underscored(token) for token in arguments])
     _check_flags(command, tokens)
     from_files: dict[str, Any] = {}
     for name in _values_of(tokens, "--preset"):
-        if name not in presets():
-            raise one_of("preset", name, presets())
-        text = resources.files("metric_kd.presets").joinpath(f"{name}.yaml").read_text()
-        from_files |= _from_yaml(command, text, f"preset {name}")
+        from_files |= _preset(command, name)
     for path in _values_of(tokens, "--config"):
         if not Path(path).is_file():
             raise UserError(f"--config {path} does not exist; check the path.")
         from_files |= _from_yaml(command, Path(path).read_text(), path)
+    task = (_values_of(tokens, "--task") or [from_files.get("task")])[-1]
+    implied = {} if task != "classification" or _values_of(tokens, "--preset") else _preset(command, "zoo")
     flags = {token[2:].split("=")[0] for token in tokens if token.startswith("--")}
-    for key in ("loss", "plugins"):  # repeatable flags replace those of a file, they do not add to them
+    if "lr_decay_epochs" in flags | set(
+        from_files
+    ):  # milestones by number replace those by share that came before them
+        implied.pop("lr_decay_at", None)
+    if "lr_decay_epochs" in flags:
+        from_files.pop("lr_decay_at", None)
+    for key in REPEATED:  # repeatable flags replace those of a file, they do not add to them
         if key in flags:
             from_files.pop(key, None)
     try:
-        namespace = _parser(command, program).parse_args([*_as_flags(command, from_files), *tokens])
+        namespace = _parser(command, program).parse_args([*_as_flags(command, {**implied, **from_files}), *tokens])
     except (argparse.ArgumentError, TypeError, ValueError) as error:
         raise UserError(one_sentence(error)) from None
     config = COMMANDS[command](**{key: getattr(namespace, key) for key in known_keys(command)})
     # A file describes the network of its own --load; with another --load, what it says of the network is no contradiction.
     stale = {f"{prefix}{field}" for prefix in ("", "teacher_") if f"{prefix}load" in flags for field in NETWORK_FIELDS}
     return Parsed(config, (flags | (set(from_files) - stale)) & set(known_keys(command)))
+
+
+def _preset(command: str, name: str) -> dict[str, Any]:
+    if name not in presets():
+        raise one_of("preset", name, presets())
+    text = resources.files("metric_kd.presets").joinpath(f"{name}.yaml").read_text()
+    return _from_yaml(command, text, f"preset {name}")
 
 
 def underscored(token: str) -> str:
@@ -118,7 +131,7 @@ def _as_flags(command: str, values: dict[str, Any]) -> list[str]:
     return tokens
 
 
-REPEATED = ("loss", "plugins")
+REPEATED = ("loss", "plugins", "mutual")
 """Flags that are given once per entry."""
 
 
@@ -160,8 +173,9 @@ def _parser(command: str, program: str | None) -> Any:
         options: dict[str, Any] = {"default": default, "help": key.metadata["help"]}
         if key.name in REPEATED:
             parser.add_argument(f"--{key.name}", type=str, action="append", **options)
-        elif key.type == list[int]:
-            parser.add_argument(f"--{key.name}", type=int, nargs="*", **options)
+        elif key.type in (list[int], list[float]):
+            kind_of_entry = int if key.type == list[int] else float
+            parser.add_argument(f"--{key.name}", type=kind_of_entry, nargs="*", **options)
         else:
             parser.add_argument(f"--{key.name}", type=key.type, **options)
     return parser

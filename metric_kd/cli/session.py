@@ -1,34 +1,30 @@
 """From a config to the things that run: data, networks, objective, trainer. Both commands are built here."""
 
-from collections.abc import Callable
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
 import torch
-from torch import nn
 
 from metric_kd import distributed
 from metric_kd.cli.config import NETWORK_FIELDS, DistillConfig, RunConfig, TrainConfig
+from metric_kd.cli.goals import Goal, goal_of, load_splits, network_spec
 from metric_kd.cli.losses import fold, losses_of
 from metric_kd.cli.parse import Parsed
 from metric_kd.cli.plugins import load_plugins
-from metric_kd.cli.validate import is_number, validate
-from metric_kd.data import load_dataset
-from metric_kd.data.batches import ClassBalancedBatches
+from metric_kd.cli.validate import validate
 from metric_kd.data.loading import ImageLoader
-from metric_kd.data.records import ImageRecords, Splits, hold_out_classes
+from metric_kd.data.records import ImageRecords, Splits
 from metric_kd.data.transforms import Geometry
 from metric_kd.devices import choose_device
-from metric_kd.engine.checkpoint import read_checkpoint, restore_network
-from metric_kd.engine.optimisation import Settings
+from metric_kd.engine.checkpoint import read_checkpoint, restore_network, write_checkpoint
+from metric_kd.engine.optimisation import Settings, milestone
 from metric_kd.engine.reproducibility import deterministic_algorithms
 from metric_kd.engine.run_directory import RunDirectory
-from metric_kd.engine.tasks import Embedding
+from metric_kd.engine.tasks import Mutual, Solo
 from metric_kd.errors import UserError
-from metric_kd.evaluation.embed import embed
-from metric_kd.evaluation.retrieval import check_ks, evaluate_retrieval, gallery_size
-from metric_kd.losses.objective import LossSpec, Objective, option_names, require_provided
+from metric_kd.evaluation.classification import default_top
+from metric_kd.losses.objective import LossSpec, Objective, require_provided
 from metric_kd.models import check_base, default_pixels, load_pretrained
 from metric_kd.models.backbone import Pixels
 from metric_kd.models.network import Network, NetworkSpec, build_network, load_weights
@@ -47,6 +43,12 @@ class Session:
     teacher: Network | None
     notes: list[str]
     """What a user should know before the run starts: what was loaded, left out, skipped."""
+    peers: dict[str, Network] = field(default_factory=dict)
+    """What is trained along, by name (--mutual)."""
+
+    @property
+    def goal(self) -> Goal:
+        return goal_of(self.config)
 
     @property
     def losses(self) -> list[LossSpec]:
@@ -64,14 +66,24 @@ def checked(parsed: Parsed) -> Parsed:
     input sizes. Raises ``UserError`` with the first thing that is wrong with it.
     """
     load_plugins(parsed.config.plugins)
-    config = with_checkpoints(fold(parsed.config), parsed.given)
+    config = with_checkpoints(_with_goal(fold(parsed.config), parsed.given), parsed.given)
     sentences = validate(config)
     if sentences:
         raise UserError(sentences[0])
     config = replace(config, input_size=check_base(config.base, config.input_size))
-    if isinstance(config, DistillConfig):
+    if isinstance(config, DistillConfig) and not config.mutual:
         config = replace(config, teacher_input_size=check_base(config.teacher_base, config.teacher_input_size))
     return Parsed(config, parsed.given)
+
+
+def _with_goal(config: RunConfig, given: frozenset[str]) -> RunConfig:
+    """Defaults that depend on the goal: a classifier's embedding is its pooled feature, an epoch of embeddings 100 steps."""
+    if config.task != "classification":
+        return replace(config, iter_per_epoch=100 if config.iter_per_epoch is None else config.iter_per_epoch)
+    plain = {"embedding_size": 0, "l2normalize": False}
+    if isinstance(config, DistillConfig):
+        plain |= {f"teacher_{key}": value for key, value in plain.items()}
+    return replace(config, **{key: value for key, value in plain.items() if key not in given})
 
 
 def build(parsed: Parsed) -> Session:
@@ -82,20 +94,25 @@ def build(parsed: Parsed) -> Session:
     if config.deterministic:
         deterministic_algorithms()
     notes: list[str] = []
-    teacher = _teacher(config, given)
     evaluating = is_evaluation(config)
-    splits = load_dataset(config.dataset, config.data, train_classes=_train_classes(config.train_classes))
+    splits = load_splits(config)
+    if not config.top:
+        config = replace(config, top=list(default_top(splits.test.num_classes)))
+    head = goal_of(config).head(splits.train.num_classes)
+    teacher = _teacher(config, given, head)
     torch.manual_seed(config.seed)
-    student = _student(config, given, splits.train, notes)
+    student = _student(config, given, splits.train, head, notes)
+    peers = _peers(config, splits.train, head)
     train, validation, test = _loaders(config, splits, evaluating)
     for loader in (train, validation, test):
         if loader is not None and loader.skipped:
             notes.append(f"skipped {len(loader.skipped)} unreadable images, the first {loader.skipped[0]}")
     for loader in (test, validation):
         if loader is not None:
-            records = loader.records
-            check_ks(config.recall, gallery_size(len(records), records.query, records.gallery))
-    session = Session(config, device, train, test, validation, student.to(device), teacher, notes)
+            goal_of(config).check(config, loader.records)
+    session = Session(config, device, train, test, validation, student.to(device), teacher, notes, peers)
+    for network in peers.values():
+        network.to(device)
     if teacher is not None:
         teacher.to(device).eval().requires_grad_(False)
     return session
@@ -105,49 +122,65 @@ def is_evaluation(config: RunConfig) -> bool:
     return isinstance(config, TrainConfig) and config.mode == "eval"
 
 
-def make_task(session: Session) -> Embedding:
-    """The student, the objective and the teacher as one module, its trained parts built under the run's seed."""
-    torch.manual_seed(session.config.seed + 1)
-    objective = Objective(session.losses)
-    require_provided("student", session.student.provides, objective.student_needs, session.losses)
-    if session.teacher is not None:
-        require_provided("teacher", session.teacher.provides, objective.teacher_needs, session.losses)
-    task = Embedding(session.student, session.teacher, objective, session.config.precision).to(session.device)
+def make_task(session: Session) -> Solo | Mutual:
+    """The student, the objective and the teacher (or the peers) as one module, its trained parts built under the seed."""
+    config, losses = session.config, session.losses
+    torch.manual_seed(config.seed + 1)
+    task: Solo | Mutual
+    if session.peers:
+        task = Mutual({"student": session.student, **session.peers}, losses, config.precision)
+        for name, network in task.networks.items():
+            require_provided(name, network.provides, Objective(losses).all_needs[0], losses)
+    else:
+        objective = Objective(losses)
+        students, teachers = objective.all_needs
+        require_provided("student", session.student.provides, students, losses)
+        if session.teacher is not None:
+            require_provided("teacher", session.teacher.provides, teachers, losses)
+            _check_logits(session, teachers)
+        task = Solo(session.student, session.teacher, objective, config.precision)
+        if distributed.world_size() > 1 and any(term.one_process for term in objective.terms.values()):
+            raise UserError("crd remembers every image in one process; run it without torchrun, or leave it out.")
+    records = session.train.records
+    task = task.to(session.device)
     try:
-        task.build(session.train.example(2).to(session.device), session.train.records.num_classes)
+        task.build(session.train.example(2).to(session.device), records.num_classes, torch.from_numpy(records.labels))
     except RuntimeError as error:
-        config = session.config
         reason = str(error).splitlines()[0]
         raise UserError(
             f"{config.base} cannot embed images of {config.input_size} px ({reason}); change --input_size."
         ) from error
+    for epoch in range(1, config.epochs + 1):
+        task.begin_epoch(epoch, config.epochs)
     return task.to(session.device)
 
 
-def make_batches(session: Session) -> ClassBalancedBatches:
-    config = session.config
-    return ClassBalancedBatches(
-        session.train.records.labels,
-        config.batch,
-        config.num_image_per_class,
-        config.iter_per_epoch,
-        config.seed,
-        rank=distributed.rank(),
-        world=distributed.world_size(),
-        pairs=any("sample" in option_names(loss.name) for loss in session.losses),
-        class_names=session.train.records.class_names,
-    )
+def _check_logits(session: Session, teachers: tuple[str, ...]) -> None:
+    assert session.teacher is not None
+    ours, theirs = session.student.spec.num_classes, session.teacher.spec.num_classes
+    if "logits" in teachers and ours != theirs:
+        raise UserError(
+            f"the teacher tells {theirs} classes apart and the student {ours}, so their logits cannot be compared; "
+            "train both on the same classes (--train_classes, --labels) or choose losses that read no logits."
+        )
 
 
-def make_settings(config: RunConfig) -> Settings:
+def make_batches(session: Session) -> Any:
+    """Which images make a batch, as the goal wants it."""
+    return session.goal.batches(session.config, session.losses, session.train.records)
+
+
+def make_settings(config: RunConfig, iterations: int) -> Settings:
+    """The trainer's settings; ``iterations`` steps make an epoch."""
+    at = [milestone(share, config.epochs) for share in config.lr_decay_at]
     return Settings(
         epochs=config.epochs,
-        iterations=config.iter_per_epoch,
+        iterations=iterations,
         lr=config.lr,
         optimizer=config.optimizer,
         weight_decay=config.weight_decay,
         schedule=config.schedule,
-        lr_decay_epochs=tuple(config.lr_decay_epochs),
+        lr_decay_epochs=tuple(at or config.lr_decay_epochs),
         lr_decay_gamma=config.lr_decay_gamma,
         warmup=config.warmup,
         clip_norm=config.clip_norm,
@@ -156,30 +189,6 @@ def make_settings(config: RunConfig) -> Settings:
         seed=config.seed,
         save_minutes=config.save_minutes,
     )
-
-
-def make_evaluate(session: Session, loader: ImageLoader, prefix: str = "") -> Callable[[nn.Module], dict[str, float]]:
-    """network -> {"recall@K": fraction}, on the images of a loader."""
-    config, records = session.config, loader.records
-
-    def evaluate(network: nn.Module) -> dict[str, float]:
-        batches = loader.test(config.batch)
-        total = -(-len(records) // config.batch)
-        vectors = embed(
-            network, batches, device=session.device, precision=config.precision, progress="evaluating", total=total
-        )
-        metrics, _ = evaluate_retrieval(vectors, config.recall, query=records.query, gallery=records.gallery)
-        return {f"{prefix}{key}": value for key, value in metrics.items()}
-
-    return evaluate
-
-
-def _train_classes(text: str | None) -> int | list[str] | None:
-    if text is None:
-        return None
-    if is_number(text):
-        return int(text)
-    return [line.strip() for line in Path(text).read_text().splitlines() if line.strip()]
 
 
 def run_of(path: str) -> RunDirectory:
@@ -197,7 +206,8 @@ def with_checkpoints(config: RunConfig, given: frozenset[str]) -> RunConfig:
     if is_evaluation(config) and config.load is not None:
         config = _adopt(config, config.load, "", given, "checkpoint")
         stored = run_of(config.load).stored_config() or {}
-        data = {key: stored[key] for key in ("dataset", "data", "train_classes", "recall") if key in stored}
+        keys = ("task", "dataset", "data", "labels", "train_classes", "recall", "top")
+        data = {key: stored[key] for key in keys if key in stored}
         config = replace(config, **{key: value for key, value in data.items() if key not in given})
     return config
 
@@ -220,30 +230,53 @@ def _given_fields(config: RunConfig, given: frozenset[str], prefix: str) -> dict
     }
 
 
-def _spec(config: RunConfig, prefix: str, pixels: Pixels) -> NetworkSpec:
-    """The network that the flags describe; with the prefix teacher_ the teacher."""
-    return NetworkSpec(**{field: getattr(config, f"{prefix}{field}") for field in NETWORK_FIELDS}, pixels=pixels)
-
-
-def _teacher(config: RunConfig, given: frozenset[str]) -> Network | None:
-    if not isinstance(config, DistillConfig):
+def _teacher(config: RunConfig, given: frozenset[str], head: dict[str, Any]) -> Network | None:
+    if not isinstance(config, DistillConfig) or config.mutual:
         return None
     assert config.teacher_load is not None
-    fallback = _spec(config, "teacher_", default_pixels(config.teacher_base) or Pixels())
+    fallback = network_spec(config, "teacher_", default_pixels(config.teacher_base) or Pixels(), head)
     return restore_network(config.teacher_load, fallback, _given_fields(config, given, "teacher_"), "teacher")
 
 
-def _student(config: RunConfig, given: frozenset[str], records: ImageRecords, notes: list[str]) -> Network:
-    spec = _spec(config, "", default_pixels(config.base) or _pixels_of(records))
+def _student(
+    config: RunConfig, given: frozenset[str], records: ImageRecords, head: dict[str, Any], notes: list[str]
+) -> Network:
+    spec = network_spec(config, "", default_pixels(config.base) or _pixels_of(records), head)
     if is_evaluation(config):
         assert config.load is not None
         return restore_network(config.load, spec, _given_fields(config, given, ""))
     network = build_network(spec)
-    if config.load is None:
+    if config.student_init is not None:
+        notes.append(_start_together(network, Path(config.student_init), config.pretrained))
+    elif config.load is None:
         notes.append(load_pretrained(network, config.pretrained))
     else:
         notes.append(_start_from(network, config.load))
     return network
+
+
+def _peers(config: RunConfig, records: ImageRecords, head: dict[str, Any]) -> dict[str, Network]:
+    """The networks of --mutual, with the student's head and its size of images."""
+    if not isinstance(config, DistillConfig):
+        return {}
+    peers = {}
+    for k, base in enumerate(config.mutual, start=1):
+        like = replace(config, base=base)
+        peers[f"peer{k}"] = build_network(network_spec(like, "", default_pixels(base) or _pixels_of(records), head))
+        load_pretrained(peers[f"peer{k}"], config.pretrained)
+    return peers
+
+
+def _start_together(network: Network, path: Path, pretrained: str) -> str:
+    """Start from the weights in a file; where there is none yet, write this network's own into it."""
+    if path.exists():
+        load_weights(network, read_checkpoint(path, "start")["model"], strict=True)
+        return f"started from the shared weights {path}"
+    note = load_pretrained(network, pretrained)
+    if distributed.is_main():
+        path.parent.mkdir(parents=True, exist_ok=True)
+        write_checkpoint(path, {"network": network.spec.to_dict(), "model": network.state_dict()})
+    return f"{note}; wrote this start to {path}"
 
 
 def _start_from(network: Network, path: str) -> str:
@@ -268,7 +301,7 @@ def _loaders(
 ) -> tuple[ImageLoader, ImageLoader | None, ImageLoader]:
     fit, validation = splits.train, None
     if config.select == "val" and not evaluating:
-        fit, validation = hold_out_classes(splits.train)
+        fit, validation = goal_of(config).hold_out(splits.train)
     assert config.input_size is not None
     size = config.input_size
     common: dict[str, Any] = {
@@ -279,7 +312,7 @@ def _loaders(
         "progress": distributed.is_main(),
     }
     test_only = Geometry(input_size=size, flip=False)
-    other = config.teacher_input_size if isinstance(config, DistillConfig) else None
+    other = config.teacher_input_size if isinstance(config, DistillConfig) and not config.mutual else None
     other = None if other == size else other
     test = ImageLoader(splits.test, test_only, **common)
     if evaluating:

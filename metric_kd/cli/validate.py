@@ -1,14 +1,16 @@
 """Cross-field checks of a config: every sentence says what is wrong and what to do."""
 
 from collections.abc import Callable, Iterable
+from functools import partial
 from pathlib import Path
 
 from metric_kd.cli.config import DistillConfig, RunConfig, TrainConfig
+from metric_kd.cli.goals import is_number
 from metric_kd.cli.losses import losses_of
 from metric_kd.data import DATASETS
 from metric_kd.devices import check_device
 from metric_kd.distributed import world_size
-from metric_kd.engine.run_directory import RunDirectory
+from metric_kd.engine.run_directory import RunDirectory, check_folder
 from metric_kd.errors import UserError
 from metric_kd.losses.objective import Objective, option_names
 from metric_kd.losses.term import TERMS
@@ -27,16 +29,18 @@ def _names(config: RunConfig) -> list[str]:
     ]
     if isinstance(config, DistillConfig):
         teacher = config
-        checks.append(lambda: check_base(teacher.teacher_base, teacher.teacher_input_size))
+        if not teacher.mutual:
+            checks.append(lambda: check_base(teacher.teacher_base, teacher.teacher_input_size))
+        checks += [partial(check_base, base, config.input_size) for base in teacher.mutual]
     return _refusals(checks)
 
 
 def _sizes(config: RunConfig) -> list[str]:
     sentences = []
     for key in ("batch", "num_image_per_class", "epochs", "iter_per_epoch", "eval_every"):
-        if getattr(config, key) < 1:
+        if getattr(config, key) is not None and getattr(config, key) < 1:
             sentences.append(f"--{key} is {getattr(config, key)}; give 1 or more.")
-    if config.num_image_per_class >= 1 and config.batch <= config.num_image_per_class:
+    if config.task == "embedding" and config.num_image_per_class >= 1 and config.batch <= config.num_image_per_class:
         sentences.append(
             f"--batch {config.batch} holds fewer than two classes of --num_image_per_class {config.num_image_per_class}; "
             "raise --batch or lower --num_image_per_class."
@@ -53,6 +57,8 @@ def _sizes(config: RunConfig) -> list[str]:
     ]
     if not config.recall or min(config.recall) < 1:
         sentences.append("--recall takes one or more K of 1 or more, as in --recall 1 2 4 8.")
+    if config.top and min(config.top) < 1:
+        sentences.append("--top takes one or more K of 1 or more, as in --top 1 5.")
     if not 0 <= config.seed < 2**62:
         sentences.append(f"--seed is {config.seed}; give 0 or more, below 2^62.")
     if config.workers < 0:
@@ -67,6 +73,8 @@ def _schedule(config: RunConfig) -> list[str]:
     for key in ("weight_decay", "warmup", "clip_norm", "save_minutes", "lr_decay_gamma"):
         if getattr(config, key) < 0:
             sentences.append(f"--{key} is {getattr(config, key)}; give 0 or more.")
+    if any(not 0 < share < 1 for share in config.lr_decay_at):
+        sentences.append("--lr_decay_at takes shares of the epochs between 0 and 1, as in --lr_decay_at 0.5 0.75.")
     if config.warmup >= config.epochs:
         sentences.append(f"--warmup {config.warmup} leaves nothing of --epochs {config.epochs}; shorten it.")
     return sentences
@@ -74,8 +82,11 @@ def _schedule(config: RunConfig) -> list[str]:
 
 def _files(config: RunConfig) -> list[str]:
     sentences = []
-    if isinstance(config, DistillConfig) and config.teacher_load is None:
-        sentences.append("a teacher is needed: give --teacher_load RUN_OR_FILE (run.py trains one).")
+    if isinstance(config, DistillConfig):
+        if config.mutual and config.teacher_load is not None:
+            sentences.append("--mutual trains peers instead of a teacher; leave --teacher_load or --mutual out.")
+        if not config.mutual and config.teacher_load is None:
+            sentences.append("a teacher is needed: give --teacher_load RUN_OR_FILE (run.py trains one).")
     if isinstance(config, TrainConfig) and config.mode == "eval" and config.load is None:
         sentences.append("nothing to evaluate: give --load RUN_OR_FILE.")
     chosen = config.train_classes
@@ -85,14 +96,17 @@ def _files(config: RunConfig) -> list[str]:
         sentences.append(f"--pretrained {config.pretrained!r} is no file; give auto, true, false or a weights file.")
     if config.load is not None and config.pretrained not in ("auto", "false"):
         sentences.append("--load and --pretrained both give a start; leave one of them out.")
+    if config.student_init is not None:
+        start = Path(config.student_init)
+        if config.load is not None:
+            sentences.append("--load and --student_init both give a start; leave one of them out.")
+        if start.is_dir():
+            sentences.append(f"--student_init {start} is a folder; give a file.")
+        elif not start.exists():
+            sentences += _refusals((partial(check_folder, start.parent, "--student_init"),))
     if config.save_dir is not None:
         sentences += _refusals((RunDirectory(config.save_dir).check_writable,))
     return sentences
-
-
-def is_number(text: str) -> bool:
-    """Whether --train_classes gives a number and not a file."""
-    return text.isascii() and text.isdecimal()
 
 
 def _device(config: RunConfig) -> list[str]:
@@ -107,7 +121,12 @@ def _losses(config: RunConfig) -> list[str]:
     for loss in losses_of(config):
         if loss.weight and TERMS[loss.name].reads_teacher and not isinstance(config, DistillConfig):
             sentences.append(f"loss {loss.name!r} reads a teacher; use run_distill.py with --teacher_load.")
-        if loss.weight and "sample" in option_names(loss.name) and config.num_image_per_class < 2:
+        if (
+            loss.weight
+            and "sample" in option_names(loss.name)
+            and config.num_image_per_class < 2
+            and config.task == "embedding"
+        ):
             sentences.append(f"loss {loss.name!r} compares images of one class; give --num_image_per_class 2 or more.")
     return sentences + _refusals((lambda: Objective(losses_of(config)),))
 

@@ -116,24 +116,42 @@ class ClassBalancedBatches:
 
 
 class ShuffledBatches:
-    """Every image once per epoch, in random order; the last batch may be short.
+    """Every image once per pass, in random order; the last batch of a pass may be short.
 
-    With several ranks each batch is shared evenly, and the fewer than ``world`` images that are left over at the end of
-    an epoch are not used in it. ``drop_last`` leaves a short last batch out.
+    An epoch is one pass or, with ``iterations``, that many batches: a longer one goes on with another order. With several
+    ranks each batch is shared evenly, and the fewer than ``world`` images that are left over at the end of a pass are not
+    used in it. ``drop_last`` leaves a short last batch out.
     """
 
-    def __init__(self, count: int, batch: int, seed: int, rank: int = 0, world: int = 1, *, drop_last: bool = False):
+    def __init__(
+        self,
+        count: int,
+        batch: int,
+        seed: int,
+        rank: int = 0,
+        world: int = 1,
+        *,
+        drop_last: bool = False,
+        iterations: int | None = None,
+    ):
         _check_world(batch, rank, world)
         if count < world:
             raise UserError(f"there are {count} training images for {world} processes; give more images.")
+        if iterations is not None and iterations < 1:
+            raise UserError(f"{iterations} batches per epoch train nothing; give 1 or more.")
         self.count, self.batch, self.seed, self.rank, self.world = count, batch, seed, rank, world
-        self.iterations = count // batch if drop_last and count >= batch else -(-(count // world * world) // batch)
+        self.per_pass = count // batch if drop_last and count >= batch else -(-(count // world * world) // batch)
+        self.iterations = iterations or self.per_pass
 
     def __len__(self) -> int:
         return self.iterations
 
     def epoch(self, epoch: int) -> list[np.ndarray]:
         """The index arrays of this rank in this epoch."""
-        order = _generator(self.seed, epoch).permutation(self.count)
-        starts = range(0, self.iterations * self.batch, self.batch)
-        return [_rank_slice(order[s : s + self.batch], self.rank, self.world) for s in starts]
+        rng = _generator(self.seed, epoch)
+        batches: list[np.ndarray] = []
+        while len(batches) < self.iterations:
+            order = rng.permutation(self.count)
+            starts = range(0, self.per_pass * self.batch, self.batch)
+            batches += [_rank_slice(order[s : s + self.batch], self.rank, self.world) for s in starts]
+        return batches[: self.iterations]

@@ -10,7 +10,7 @@ from metric_kd.data import decode
 from metric_kd.data.download import Source, md5_of, obtain
 from metric_kd.data.folder import scan, subfolders
 from metric_kd.data.parts import split_parts
-from metric_kd.data.records import DATASETS, ImageRecords, Splits
+from metric_kd.data.records import DATASETS, ImageRecords, Splits, Task
 from metric_kd.errors import UserError
 
 SIDE = 32
@@ -72,31 +72,95 @@ CIFAR100 = Edition(
     mean=(0.5071, 0.4865, 0.4409),
     std=(0.2673, 0.2564, 0.2762),
 )
+COARSE = {
+    "aquatic_mammals": "beaver dolphin otter seal whale",
+    "fish": "aquarium_fish flatfish ray shark trout",
+    "flowers": "orchid poppy rose sunflower tulip",
+    "food_containers": "bottle bowl can cup plate",
+    "fruit_and_vegetables": "apple mushroom orange pear sweet_pepper",
+    "household_electrical_devices": "clock keyboard lamp telephone television",
+    "household_furniture": "bed chair couch table wardrobe",
+    "insects": "bee beetle butterfly caterpillar cockroach",
+    "large_carnivores": "bear leopard lion tiger wolf",
+    "large_man-made_outdoor_things": "bridge castle house road skyscraper",
+    "large_natural_outdoor_scenes": "cloud forest mountain plain sea",
+    "large_omnivores_and_herbivores": "camel cattle chimpanzee elephant kangaroo",
+    "medium_mammals": "fox porcupine possum raccoon skunk",
+    "non-insect_invertebrates": "crab lobster snail spider worm",
+    "people": "baby boy girl man woman",
+    "reptiles": "crocodile dinosaur lizard snake turtle",
+    "small_mammals": "hamster mouse rabbit shrew squirrel",
+    "trees": "maple_tree oak_tree palm_tree pine_tree willow_tree",
+    "vehicles_1": "bicycle bus motorcycle pickup_truck train",
+    "vehicles_2": "lawn_mower rocket streetcar tank tractor",
+}
+"""The 20 superclasses of CIFAR-100, from the table on ``PAGE``, in the order and spelling of the published files."""
 
 
 @DATASETS.register("cifar10")
-def cifar10(root: "str | Path", *, train_classes: "int | list[str] | None" = None, download: bool = True) -> Splits:
-    """train images of the first 5 classes train, test images of the other 5 test."""
-    return _load(CIFAR10, Path(root), train_classes, download)
+def cifar10(
+    root: "str | Path",
+    *,
+    train_classes: "int | list[str] | None" = None,
+    task: Task = "embedding",
+    download: bool = True,
+) -> Splits:
+    """train images of the first 5 classes train, test images of the other 5 test.
+
+    For a classifier: the published parts, 50,000 images to train and 10,000 to test, of all classes.
+    """
+    return _load(CIFAR10, Path(root), train_classes, task, download)
 
 
 @DATASETS.register("cifar100")
-def cifar100(root: "str | Path", *, train_classes: "int | list[str] | None" = None, download: bool = True) -> Splits:
-    """train images of the first 50 classes train, test images of the other 50 test."""
-    return _load(CIFAR100, Path(root), train_classes, download)
+def cifar100(
+    root: "str | Path",
+    *,
+    train_classes: "int | list[str] | None" = None,
+    task: Task = "embedding",
+    labels: str = "fine",
+    download: bool = True,
+) -> Splits:
+    """train images of the first 50 classes train, test images of the other 50 test.
+
+    For a classifier: the published parts, 50,000 images to train and 10,000 to test, of all classes. labels: "coarse"
+    takes the 20 superclasses for classes, in either task.
+    """
+    return _load(CIFAR100, Path(root), train_classes, task, download, coarse=labels == "coarse")
 
 
-def _load(edition: Edition, root: Path, train_classes: "int | list[str] | None", download: bool) -> Splits:
+def _load(
+    edition: Edition,
+    root: Path,
+    train_classes: "int | list[str] | None",
+    task: Task,
+    download: bool,
+    coarse: bool = False,
+) -> Splits:
     for tree in (root, root / edition.name):
         if all((tree / part).is_dir() and subfolders(tree / part) for part in ("train", "test")):
-            train, test = (_tree_part(edition, tree / part) for part in ("train", "test"))
-            splits = split_parts(train, test, train_classes)
+            parts = [_tree_part(edition, tree / part) for part in ("train", "test")]
+            train, test = map(_coarse, parts) if coarse else parts
+            splits = split_parts(train, test, train_classes, task)
             return Splits(_decoded(splits.train), _decoded(splits.test))  # only what is used is decoded
     places = (root, root / edition.source.inner, root / edition.name / edition.source.inner)
     folder = next((f for f in places if (f / edition.meta[0]).is_file() and (f / edition.test[0][0]).is_file()), None)
     folder = folder or obtain(root, edition.source, download)
-    train, test = (_unpickled(edition, folder, files) for files in (edition.train, edition.test))
-    return split_parts(train, test, train_classes)
+    parts = [_unpickled(edition, folder, files) for files in (edition.train, edition.test)]
+    train, test = map(_coarse, parts) if coarse else parts
+    return split_parts(train, test, train_classes, task)
+
+
+def _coarse(records: ImageRecords) -> ImageRecords:
+    """The same images with their superclasses for classes."""
+    superclass = {fine: coarse for coarse, members in COARSE.items() for fine in members.split()}
+    unknown = [name for name in records.class_names if name not in superclass]
+    if unknown:
+        raise UserError(f"CIFAR-100 as published has no class {unknown[0]!r} and so no superclass; use --labels fine.")
+    present = {superclass[name] for name in records.class_names}
+    names = tuple(name for name in COARSE if name in present)
+    number = np.array([names.index(superclass[name]) for name in records.class_names], dtype=np.int64)
+    return replace(records, labels=number[records.labels], class_names=names)
 
 
 def _tree_part(edition: Edition, folder: Path) -> ImageRecords:

@@ -1,4 +1,4 @@
-"""Any folder of class folders, with or without a train and a test part."""
+"""Any folder of class folders, with or without a part to train on and one to test on."""
 
 import os
 import warnings
@@ -8,8 +8,8 @@ from pathlib import Path
 import numpy as np
 
 from metric_kd.data.decode import EXTENSIONS
-from metric_kd.data.parts import split_parts
-from metric_kd.data.records import DATASETS, ImageRecords, Splits, split_by_class
+from metric_kd.data.parts import split_parts, split_whole
+from metric_kd.data.records import DATASETS, ImageRecords, Splits, Task
 from metric_kd.errors import UserError
 
 
@@ -62,17 +62,25 @@ def scan(root: "str | Path", name: str, classes: "list[str] | None" = None) -> I
 
 
 @DATASETS.register("folder")
-def folder(root: "str | Path", *, train_classes: "int | list[str] | None" = None, flip: bool = True) -> Splits:
-    """``<root>/<class>/**/<image>``, or ``<root>/train`` and ``<root>/test`` of that form.
+def folder(
+    root: "str | Path",
+    *,
+    train_classes: "int | list[str] | None" = None,
+    task: Task = "embedding",
+    flip: bool = True,
+) -> Splits:
+    """``<root>/<class>/**/<image>``, or ``<root>/train`` and ``<root>/test`` (or ``<root>/val``) of that form.
 
     With two parts: where both hold the same classes, train/ of the training classes and test/ of the others; where they
-    are disjoint, as they are. flip: false for characters and other things that a mirror changes.
+    are disjoint, as they are. For a classifier: train/ and test/ of all classes, or, without parts, one in five
+    images of each class tests. flip: false for characters and other things that a mirror changes.
     """
     root = Path(root)
-    if all((root / part).is_dir() and subfolders(root / part) for part in ("train", "test")):
-        train, test = (_with_flip(scan(root / part, "folder"), flip) for part in ("train", "test"))
-        return split_parts(train, test, train_classes)
-    return split_by_class(_with_flip(scan(root, "folder"), flip), train_classes)
+    for tested in ("test", "val"):
+        if all((root / part).is_dir() and subfolders(root / part) for part in ("train", tested)):
+            train, test = (_with_flip(scan(root / part, "folder"), flip) for part in ("train", tested))
+            return split_parts(train, test, train_classes, task)
+    return split_whole(_with_flip(scan(root, "folder"), flip), train_classes, task)
 
 
 def _with_flip(records: ImageRecords, flip: bool) -> ImageRecords:

@@ -25,7 +25,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from metric_kd.data.records import DATASETS, ImageRecords, Splits, split_by_class
+from metric_kd.data.parts import split_whole
+from metric_kd.data.records import DATASETS, ImageRecords, Splits, Task
 from metric_kd.errors import UserError
 
 if TYPE_CHECKING:
@@ -256,6 +257,7 @@ def glyphs(
     root: "str | Path | None" = None,
     *,
     train_classes: "int | list[str] | None" = None,
+    task: Task = "embedding",
     seed: int = 0,
     per_class: int = 24,
     size: int = 32,
@@ -265,6 +267,7 @@ def glyphs(
 
     pixels: (classes * per_class, size, size, 3) uint8, sorted by class. A class is named for its first character, as in
     "U+0041 A". ``classes`` keeps only that many, the first; an image does not depend on which other classes are kept.
+    For a classifier one in five images of each class tests.
     Equal arguments give equal pixels on the same versions of Pillow and matplotlib.
     Raises ``UserError`` where an option is out of range or matplotlib's fonts are missing.
     """
@@ -284,4 +287,4 @@ def glyphs(
         mean=(0.75, 0.75, 0.75),
         std=(0.23, 0.23, 0.23),
     )
-    return split_by_class(records, train_classes)
+    return split_whole(records, train_classes, task)

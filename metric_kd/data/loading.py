@@ -197,7 +197,7 @@ class ImageLoader:
         if not good.any():
             raise UserError(f"none of the {len(paths)} images of {records.name} can be read; check the data folder.")
         if not good.all():
-            self.records = records = records.select(good)
+            self.records = records = records.select(good, renumber=False)  # a classifier keeps its classes
             pixels = pixels[good] if pixels is not None else None
         return replace(records, paths=None, pixels=pixels) if pixels is not None else records
 

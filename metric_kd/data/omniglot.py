@@ -5,8 +5,8 @@ from pathlib import Path
 
 from metric_kd.data.download import Source, obtain
 from metric_kd.data.folder import scan, subfolders
-from metric_kd.data.parts import split_parts
-from metric_kd.data.records import DATASETS, ImageRecords, Splits, split_by_class
+from metric_kd.data.parts import join, split_parts, split_whole
+from metric_kd.data.records import DATASETS, ImageRecords, Splits, Task
 from metric_kd.errors import UserError
 
 PAGE = "https://github.com/brendenlake/omniglot"
@@ -24,24 +24,31 @@ MEAN, STD = (0.92,) * 3, (0.25,) * 3
 
 
 @DATASETS.register("omniglot")
-def omniglot(root: "str | Path", *, train_classes: "int | list[str] | None" = None, download: bool = True) -> Splits:
+def omniglot(
+    root: "str | Path",
+    *,
+    train_classes: "int | list[str] | None" = None,
+    task: Task = "embedding",
+    download: bool = True,
+) -> Splits:
     """A class is a character of an alphabet, "alphabet/character"; mirrored images are not used.
 
     torchvision's layout (``omniglot-py/images_background`` and ``images_evaluation``): background trains and evaluation
     tests, unless ``train_classes`` is given. ``<alphabet>/<character>/*.png`` in ``root``, ``omniglot/`` or
     ``omniglot_small/``: the first half of the characters trains. A missing data set is downloaded to ``omniglot-py/``.
+    For a classifier: all characters, and one in five drawers tests (a character has one image of each).
     """
     root = Path(root)
     for folder in (root, root / "omniglot-py"):
         if all((folder / source.inner).is_dir() for source in (BACKGROUND, EVALUATION)):
-            return _published(folder, train_classes, download=False)
+            return _published(folder, train_classes, task, download=False)
     for folder in (root, root / "omniglot", root / "omniglot_small"):
         if folder.is_dir() and (characters := _characters(folder)):
-            return split_by_class(_records(folder, characters), train_classes)
-    return _published(root / "omniglot-py", train_classes, download)
+            return split_whole(_records(folder, characters), train_classes, task)
+    return _published(root / "omniglot-py", train_classes, task, download)
 
 
-def _published(folder: Path, train_classes: "int | list[str] | None", download: bool) -> Splits:
+def _published(folder: Path, train_classes: "int | list[str] | None", task: Task, download: bool) -> Splits:
     parts = []
     for source in (BACKGROUND, EVALUATION):
         part = obtain(folder, source, download)
@@ -49,6 +56,8 @@ def _published(folder: Path, train_classes: "int | list[str] | None", download: 
         if not characters:
             raise UserError(f"{part} holds no <alphabet>/<character>/*.png; delete it to unpack it again.")
         parts.append(_records(part, characters))
+    if task == "classification":  # the two parts have no character in common
+        return split_whole(join(parts[0], parts[1]), train_classes, task)
     return split_parts(parts[0], parts[1], train_classes)
 
 

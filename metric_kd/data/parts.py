@@ -1,10 +1,10 @@
-"""The split of a data set that comes in two parts, train and test."""
+"""The split that a task needs, of a data set that comes whole or in two parts, train and test."""
 
 from dataclasses import replace
 
 import numpy as np
 
-from metric_kd.data.records import ImageRecords, Splits, split_by_class
+from metric_kd.data.records import ImageRecords, Splits, Task, classes_to_learn, split_by_class, split_by_image
 from metric_kd.errors import UserError
 
 
@@ -28,13 +28,31 @@ def _join_flags(first: np.ndarray | None, second: np.ndarray | None) -> np.ndarr
     return None if first is None or second is None else np.concatenate([first, second])
 
 
-def split_parts(train: ImageRecords, test: ImageRecords, train_classes: "int | list[str] | None" = None) -> Splits:
-    """Class-disjoint split of a train part and a test part.
+def split_whole(
+    records: ImageRecords, train_classes: "int | list[str] | None" = None, task: Task = "embedding"
+) -> Splits:
+    """By class for an embedding, by image for a classifier."""
+    split = split_by_image if task == "classification" else split_by_class
+    return split(records, train_classes)
 
-    Both hold the same classes: the training images of the training classes, and the test images of the others. They
-    are disjoint: as they are, or, where ``train_classes`` is given, all images split by class. Raises ``UserError``
-    where they overlap in part.
+
+def split_parts(
+    train: ImageRecords,
+    test: ImageRecords,
+    train_classes: "int | list[str] | None" = None,
+    task: Task = "embedding",
+) -> Splits:
+    """The split of a train part and a test part.
+
+    For an embedding it is disjoint by class. Both parts hold the same classes: the training images of the training
+    classes, and the test images of the others. The parts are disjoint: as they are, or, where ``train_classes`` is
+    given, all images split by class. Raises ``UserError`` where they overlap in part.
+
+    For a classifier it is the two parts, numbered alike and restricted to ``train_classes``. A class may have no test
+    images; raises ``UserError`` where one has test images only.
     """
+    if task == "classification":
+        return _same_classes(train, test, train_classes)
     first, second = set(train.class_names), set(test.class_names)
     if first == second:
         return Splits(split_by_class(train, train_classes).train, split_by_class(test, train_classes).test)
@@ -48,3 +66,17 @@ def split_parts(train: ImageRecords, test: ImageRecords, train_classes: "int | l
     if train_classes is None:
         return Splits(train, test)
     return split_by_class(join(train, test), train_classes)
+
+
+def _same_classes(train: ImageRecords, test: ImageRecords, train_classes: "int | list[str] | None") -> Splits:
+    unseen = sorted(set(test.class_names) - set(train.class_names))
+    if unseen:
+        raise UserError(
+            f"{train.name}: the test part has the class {unseen[0]!r} and the train part has not; give a classifier "
+            "training images of every class, or learn an embedding."
+        )
+    names = classes_to_learn(train, train_classes)
+    splits = Splits(train.with_classes(names), test.with_classes(names))
+    if not len(splits.test):
+        raise UserError(f"{train.name} has no test images of the chosen classes; choose others.")
+    return splits

@@ -7,20 +7,27 @@ from pathlib import Path
 
 import numpy as np
 
-from metric_kd.data.parts import split_parts
-from metric_kd.data.records import DATASETS, ImageRecords, Splits, split_by_class
+from metric_kd.data.parts import split_parts, split_whole
+from metric_kd.data.records import DATASETS, ImageRecords, Splits, Task
 from metric_kd.errors import UserError
 
 TRUE, FALSE = ("1", "true", "yes"), ("0", "false", "no")
 
 
 @DATASETS.register("table")
-def table(root: "str | Path", *, train_classes: "int | list[str] | None" = None, flip: bool = True) -> Splits:
+def table(
+    root: "str | Path",
+    *,
+    train_classes: "int | list[str] | None" = None,
+    task: Task = "embedding",
+    flip: bool = True,
+) -> Splits:
     """A CSV file with the columns path and label, and optionally split, query and gallery.
 
     root: the file, or a folder that holds ``table.csv``. Relative paths start at the file's folder. split: train or
-    test; without it the classes are halved. query, gallery: 0/1 or false/true, which test images ask and which are
-    searched. flip: false for things that a mirror changes. Raises ``UserError`` that names the row.
+    test; without it the classes are halved, or, for a classifier, one in five images of each class tests. query,
+    gallery: 0/1 or false/true, which test images ask and which are searched; a classifier does not read them. flip:
+    false for things that a mirror changes. Raises ``UserError`` that names the row.
     """
     file = Path(root)
     file = file / "table.csv" if file.is_dir() else file
@@ -28,7 +35,8 @@ def table(root: "str | Path", *, train_classes: "int | list[str] | None" = None,
     if not rows:
         raise UserError(f"{file} has no rows; give it one row per image.")
     first = rows[0][1]
-    flags = {name: _flags(file, rows, name) for name in ("query", "gallery") if name in first}
+    wanted = ("query", "gallery") if task == "embedding" else ()
+    flags = {name: _flags(file, rows, name) for name in wanted if name in first}
     labels = [row["label"] for _, row in rows]
     names = tuple(sorted(set(labels)))
     number = {name: k for k, name in enumerate(names)}
@@ -42,25 +50,24 @@ def table(root: "str | Path", *, train_classes: "int | list[str] | None" = None,
         flip=flip,
     )
     if "split" not in first:
-        splits = split_by_class(records, train_classes)
+        splits = split_whole(records, train_classes, task)
     else:
-        splits = _by_column(file, rows, records, train_classes)
+        train, test = _by_column(file, rows, records)
+        splits = split_parts(train, test, train_classes, task)
     for name, column in (("query", splits.test.query), ("gallery", splits.test.gallery)):
         if column is not None and not column.any():
             raise UserError(f"{file} marks no test image as {name}; set {name} to 1 in some rows.")
     return splits
 
 
-def _by_column(
-    file: Path, rows: "list[tuple[int, dict]]", records: ImageRecords, train_classes: "int | list[str] | None"
-) -> Splits:
+def _by_column(file: Path, rows: "list[tuple[int, dict]]", records: ImageRecords) -> tuple[ImageRecords, ImageRecords]:
     for line, row in rows:
         if row["split"] not in ("train", "test"):
             raise UserError(f"{file}, row {line}: split is {row['split']!r}; write train or test.")
     train = np.array([row["split"] == "train" for _, row in rows])
     if train.all() or not train.any():
         raise UserError(f"{file} has only {rows[0][1]['split']} rows; mark others, or remove the column split.")
-    return split_parts(records.select(train), records.select(~train), train_classes)
+    return records.select(train), records.select(~train)
 
 
 def _rows(file: Path) -> "Iterator[tuple[int, dict[str, str]]]":

@@ -78,10 +78,11 @@ class TensorBoard:
         return cls(SummaryWriter(str(folder), purge_step=purge_step))
 
     def epoch_end(self, record: dict[str, Any]) -> None:
+        stage = f"{record['stage']}/" if "stage" in record else ""
         for key, value in record.items():
             if isinstance(value, dict):
                 for name, part in value.items():
-                    self.writer.add_scalar(f"{key}/{name}", part, record["epoch"])
+                    self.writer.add_scalar(f"{stage}{key}/{name}", part, record["epoch"])
             elif isinstance(value, int | float) and key != "epoch":
-                self.writer.add_scalar(key, value, record["epoch"])
+                self.writer.add_scalar(f"{stage}{key}", value, record["epoch"])
         self.writer.flush()

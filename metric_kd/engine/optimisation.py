@@ -1,13 +1,15 @@
 """The optimiser and the learning rate of a run: pure functions of its settings."""
 
 import math
-from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, replace
+from typing import Any
 
 import torch
 from torch import nn
 
 from metric_kd.errors import one_of
+from metric_kd.losses.term import Stage
 
 OPTIMIZERS = ("adam", "adamw", "sgd")
 SCHEDULES = ("step", "cosine")
@@ -18,7 +20,8 @@ class Settings:
     """How long, how fast and how precisely to train.
 
     lr_decay_epochs: epochs (counted from 1) from which on the rate is multiplied by lr_decay_gamma once more; warmup:
-    epochs of linear warm-up; clip_norm: largest gradient norm, 0 for none; save_minutes: checkpoint at least this often.
+    epochs of linear warm-up; nesterov: of SGD; clip_norm: largest gradient norm, 0 for none; save_minutes: checkpoint at
+    least this often.
     """
 
     epochs: int
@@ -30,6 +33,7 @@ class Settings:
     lr_decay_epochs: Sequence[int] = ()
     lr_decay_gamma: float = 0.1
     warmup: float = 0.0
+    nesterov: bool = True
     clip_norm: float = 0.0
     freeze_bn: bool = False
     precision: str = "fp32"
@@ -57,15 +61,48 @@ def learning_rate(settings: Settings, epoch: int, iteration: int) -> float:
     return settings.lr * settings.lr_decay_gamma ** sum(epoch >= milestone for milestone in settings.lr_decay_epochs)
 
 
-def make_optimizer(settings: Settings, parameters: Iterable[nn.Parameter]) -> torch.optim.Optimizer:
-    """Fused Adam, AdamW or SGD (momentum 0.9, Nesterov) over the trainable parameters."""
-    trained = [p for p in parameters if p.requires_grad]
+def milestone(share: float, epochs: int) -> int:
+    """The first epoch, counted from 1, after ``share`` of all epochs."""
+    return round(share * epochs) + 1
+
+
+def stage_settings(main: Settings, stage: Stage) -> Settings:
+    """The settings of a stage before the main one: its own length and steps, the run's optimiser and precision."""
+    epochs = stage.epochs or max(1, round(stage.share * main.epochs))
+    return replace(
+        main,
+        epochs=epochs,
+        lr=main.lr * stage.lr,
+        schedule="step",
+        lr_decay_epochs=tuple(milestone(share, epochs) for share in stage.milestones),
+        lr_decay_gamma=0.1,
+        warmup=0.0,
+        nesterov=stage.nesterov,
+    )
+
+
+def make_optimizer(
+    settings: Settings, parameters: Iterable[nn.Parameter] | Iterable[Mapping[str, Any]]
+) -> torch.optim.Optimizer:
+    """Fused Adam, AdamW or SGD (momentum 0.9) over the trainable ones of some parameters, or over groups of them.
+
+    A group with "own_lr" keeps that rate's ratio to the run's: its entry "factor" is what the run's rate is multiplied
+    by in every step.
+    """
+    groups: list[Mapping[str, Any]] = []
+    alone: list[nn.Parameter] = []
+    for entry in parameters:
+        groups += [entry] if isinstance(entry, Mapping) else []
+        alone += [entry] if isinstance(entry, nn.Parameter) and entry.requires_grad else []
+    groups += [{"params": alone}] if alone else []
+    prepared = [
+        {"params": group["params"], "factor": group.get("own_lr", settings.lr) / settings.lr} for group in groups
+    ]
+    shared: dict[str, Any] = {"lr": settings.lr, "weight_decay": settings.weight_decay, "fused": True}
     if settings.optimizer == "adam":
-        return torch.optim.Adam(trained, settings.lr, weight_decay=settings.weight_decay, fused=True)
+        return torch.optim.Adam(prepared, **shared)
     if settings.optimizer == "adamw":
-        return torch.optim.AdamW(trained, settings.lr, weight_decay=settings.weight_decay, fused=True)
+        return torch.optim.AdamW(prepared, **shared)
     if settings.optimizer != "sgd":
         raise one_of("optimizer", settings.optimizer, OPTIMIZERS)
-    return torch.optim.SGD(
-        trained, settings.lr, momentum=0.9, nesterov=True, weight_decay=settings.weight_decay, fused=True
-    )
+    return torch.optim.SGD(prepared, momentum=0.9, nesterov=settings.nesterov, **shared)

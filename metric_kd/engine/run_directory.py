@@ -19,6 +19,16 @@ RESUMABLE_KEYS = frozenset({"epochs", "workers", "device", "save_minutes", "resu
 """Config keys that may differ between the start of a run and its continuation."""
 
 
+def check_folder(path: Path, flag: str) -> None:
+    """Raise ``UserError``, naming the flag, where a file in this folder could not be written; leave nothing behind."""
+    existing = next(p for p in (path, *path.absolute().parents) if p.exists())
+    try:
+        with tempfile.TemporaryFile(dir=existing):
+            pass
+    except OSError as error:
+        raise UserError(f"{flag} {path} is not writable ({error.strerror}); choose another folder.") from error
+
+
 class RunDirectory:
     """The files of one run under ``path``; nothing is created before :meth:`open`."""
 
@@ -31,18 +41,15 @@ class RunDirectory:
         self.last = self.path / "last.pth"
         self.card = self.path / "card.json"
 
+    def best_of(self, network: str) -> Path:
+        """Where the result of a network lies: best.pth for the student, NAME.pth for a peer."""
+        return self.best if network == "student" else self.path / f"{network}.pth"
+
     def check_writable(self) -> None:
         """Raise ``UserError`` where the directory could not be written, leaving nothing behind."""
         if self.path.exists() and not self.path.is_dir():
             raise UserError(f"--save_dir {self.path} is a file; give a folder.")
-        existing = next(p for p in (self.path, *self.path.absolute().parents) if p.exists())
-        try:
-            with tempfile.TemporaryFile(dir=existing):
-                pass
-        except OSError as error:
-            raise UserError(
-                f"--save_dir {self.path} is not writable ({error.strerror}); choose another folder."
-            ) from error
+        check_folder(self.path, "--save_dir")
 
     def check_config(self, config: dict[str, Any]) -> None:
         """Refuse to continue a run that was started with another config, naming the first differing key."""
@@ -72,7 +79,9 @@ class RunDirectory:
         if "position" not in state:
             raise UserError(f"{self.last} is no checkpoint of a run; give another --save_dir.")
         self._compare(state["config"], config)
-        trained = state["position"]["epoch"] - 1
+        position = state["position"]
+        in_main = position["stage"] == len(position["stages"])
+        trained = position["epoch"] - 1 if in_main else 0
         if trained > config["epochs"]:
             raise UserError(
                 f"{self.path} has trained {trained} epochs, more than --epochs {config['epochs']}; give another --save_dir."
@@ -102,7 +111,15 @@ class RunDirectory:
 
     def clear(self) -> None:
         """Forget an earlier run in the same directory; other files stay."""
-        for file in (self.last, self.metrics, self.result, self.best, self.card, self.config):
+        for file in (
+            self.last,
+            self.metrics,
+            self.result,
+            self.best,
+            self.card,
+            self.config,
+            *self.path.glob("peer*.pth"),
+        ):
             file.unlink(missing_ok=True)
 
     def discard_unstarted(self) -> None:
@@ -168,8 +185,8 @@ class RunDirectory:
                     break
         return records
 
-    def cut_history(self, epoch: int) -> None:
-        """Drop the lines after ``epoch``: their epochs will run again."""
-        kept = [record for record in self.history() if record["epoch"] <= epoch]
+    def cut_history(self, epochs: int) -> None:
+        """Keep the lines of the first ``epochs`` epochs, over all stages: later ones will run again."""
+        kept = self.history()[:epochs]
         if self.metrics.is_file():
             write_text(self.metrics, "".join(json.dumps(record) + "\n" for record in kept))

@@ -1,4 +1,4 @@
-"""The trainer: sum the terms, step, save. It knows neither methods nor metrics, only a task and a callable."""
+"""The trainer: stage by stage, sum the terms, step, save. It knows neither methods nor metrics, only a task."""
 
 import time
 from collections.abc import Callable, Sequence
@@ -17,10 +17,12 @@ from metric_kd.engine.checkpoint import write_checkpoint
 from metric_kd.engine.interruption import StopRequest
 from metric_kd.engine.logging import Observer, RunningLosses, not_finite
 from metric_kd.engine.memory import batch_that_fits, is_out_of_memory
-from metric_kd.engine.optimisation import Settings, learning_rate, make_optimizer
+from metric_kd.engine.optimisation import Settings, learning_rate, make_optimizer, stage_settings
 from metric_kd.engine.run_directory import RunDirectory
-from metric_kd.engine.tasks import Embedding
+from metric_kd.engine.tasks import Mutual, Solo
 from metric_kd.errors import UserError
+from metric_kd.losses.term import Stage
+from metric_kd.models.network import Network
 from metric_kd.types import Batch
 
 Evaluate = Callable[[nn.Module], dict[str, float]]
@@ -33,15 +35,16 @@ class BatchSampler(Protocol):
 
 
 class Trainer:
-    """Runs ``task`` over the epochs of ``settings``, saves whole checkpoints, and resumes bit for bit.
+    """Runs ``task`` through its stages and then over the epochs of ``settings``, saves whole checkpoints, resumes bit for bit.
 
-    evaluate(network) -> metrics is called after every ``eval_every``-th epoch and after the last. ``select``: the metric
-    by which best.pth is chosen, or None for the network of the last epoch.
+    Every stage has a fresh optimiser. evaluate(network) -> metrics is called in the main stage, after every
+    ``eval_every``-th epoch and after the last. ``select``: the metric by which best.pth is chosen, or None for the network
+    of the last epoch.
     """
 
     def __init__(
         self,
-        task: Embedding,
+        task: Solo | Mutual,
         settings: Settings,
         run: RunDirectory,
         loader: ImageLoader,
@@ -54,31 +57,62 @@ class Trainer:
         observers: Sequence[Observer] = (),
         config: dict[str, Any] | None = None,
     ):
-        self.task, self.settings, self.run, self.loader, self.batches = task, settings, run, loader, batches
+        self.task, self.main_settings, self.run, self.loader, self.batches = task, settings, run, loader, batches
         self.device, self.evaluate, self.select, self.eval_every = device, evaluate, select, eval_every
         self.observers, self.config = observers, config or {}
-        self.optimizer = make_optimizer(settings, task.parameters())
-        self.scaler = torch.amp.GradScaler(device.type, enabled=settings.precision == "fp16")
-        self.losses = RunningLosses(task.objective.names, device)
-        self.epoch, self.iteration, self.step = 1, 0, 0
-        self.best: dict[str, Any] = {}
+        self.stages: list[tuple[str, Stage] | None] = [*task.stages(), None]
+        self.losses = RunningLosses(task.loss_names, device)
+        self.step = 0
+        self._enter_stage(0)
+        self.best: dict[str, dict[str, Any]] = {}
         self.seconds = 0.0
         self.environment = reproducibility.environment(device)
         self.module: nn.Module = task
         self.stop = StopRequest()
         self._saved_at = time.monotonic()
 
+    def _enter_stage(self, stage: int) -> None:
+        """Begin a stage (the last one is the main stage) with its own settings and a fresh optimiser."""
+        self.stage, self.epoch, self.iteration = stage, 1, 0
+        entered = self.stages[stage]
+        self.settings = self.main_settings if entered is None else stage_settings(self.main_settings, entered[1])
+        self.task.enter(entered)
+        self.optimizer = make_optimizer(self.settings, self.task.parameter_groups())
+        self.scaler = torch.amp.GradScaler(self.device.type, enabled=self.settings.precision == "fp16")
+        self.module: nn.Module = self.task
+
+    @property
+    def stage_name(self) -> str | None:
+        """Name of the present stage; None in the main one."""
+        entered = self.stages[self.stage]
+        return None if entered is None else entered[1].name
+
+    @property
+    def epochs_done(self) -> int:
+        """Finished epochs of all stages."""
+        before = [
+            stage_settings(self.main_settings, entered[1]).epochs for entered in self.stages[: self.stage] if entered
+        ]
+        return sum(before) + self.epoch - 1
+
     def fit(self) -> None:
-        """Train from the current position to the last epoch."""
-        self._wrap()
+        """Train from the current position to the last epoch of the main stage."""
         with self.stop.listening():
-            while self.epoch <= self.settings.epochs:
-                started = time.monotonic()
-                self._train_epoch(started)
-                record = self._close_epoch(started)
-                for observer in self.observers if distributed.is_main() else ():
-                    observer.epoch_end(record)
-                self.stop.raise_if_made()
+            while True:
+                self._fit_stage()
+                if self.stage == len(self.stages) - 1:
+                    return
+                self._enter_stage(self.stage + 1)
+
+    def _fit_stage(self) -> None:
+        self._wrap()
+        while self.epoch <= self.settings.epochs:
+            started = time.monotonic()
+            self._train_epoch(started)
+            record = self._close_epoch(started)
+            for observer in self.observers if distributed.is_main() else ():
+                observer.epoch_end(record)
+            self.stop.raise_if_made()
 
     def _wrap(self) -> None:
         if distributed.world_size() > 1 and self.module is self.task:
@@ -87,11 +121,13 @@ class Trainer:
 
     def _train_epoch(self, started: float) -> None:
         self._enter_training()
-        order = self.batches.epoch(self.epoch)
+        # Stages before the main one draw from epochs of their own: the main stage sees the same data with and without them.
+        epoch = self.epoch if self.stage_name is None else (self.stage + 1 << 32) + self.epoch
+        order = self.batches.epoch(epoch)
         todo = order[self.iteration :]
         stream = tqdm(
-            self.loader.train(todo, self.epoch),
-            desc=f"epoch {self.epoch}/{self.settings.epochs}",
+            self.loader.train(todo, epoch),
+            desc=f"{self._title()} {self.epoch}/{self.settings.epochs}",
             total=len(order),
             initial=self.iteration,
             disable=not distributed.is_main(),
@@ -106,6 +142,9 @@ class Trainer:
                 stream.set_postfix(loss=f"{self.losses.means()['loss']:.4f}", refresh=False)
             self._save_within_epoch(started)
 
+    def _title(self) -> str:
+        return "epoch" if self.stage_name is None else f"stage {self.stage_name}, epoch"
+
     def _save_within_epoch(self, started: float) -> None:
         """Save where the clock or a signal asks for it; all ranks decide together."""
         due = time.monotonic() - self._saved_at > 60 * self.settings.save_minutes
@@ -119,7 +158,7 @@ class Trainer:
     def _step(self, batch: Batch) -> None:
         rate = learning_rate(self.settings, self.epoch, self.iteration)
         for group in self.optimizer.param_groups:
-            group["lr"] = rate
+            group["lr"] = rate * group["factor"]
         self.step += 1
         reproducibility.seed_step(self.settings.seed, self.step, distributed.rank())
         try:
@@ -138,9 +177,12 @@ class Trainer:
         return self.losses.means()
 
     def _enter_training(self) -> None:
+        if self.stage_name is None:
+            self.task.begin_epoch(self.epoch, self.settings.epochs)
         self.task.train()
         if self.settings.freeze_bn:
-            freeze_batch_norm(self.task.student)
+            for network in self.task.networks.values():
+                freeze_batch_norm(network)
 
     def _update(self, batch: Batch) -> None:
         total, values = self.module(batch)
@@ -163,46 +205,50 @@ class Trainer:
             "epoch": self.epoch,
             "step": self.step,
             "loss": means.pop("loss"),
-            "losses": means,
+            "losses": {name: means[name] for name in self.task.acting},
             "lr": self.optimizer.param_groups[0]["lr"],
         }
+        if self.stage_name is not None:
+            record = {"stage": self.stage_name, **record}
         due = self.epoch % self.eval_every == 0 or self.epoch == self.settings.epochs
-        if self.evaluate is not None and due:
+        if self.evaluate is not None and due and self.stage_name is None:
             metrics = self._evaluate(started)
-            record.update(metrics)
-            if self.select is not None and metrics[self.select] > self.best.get(self.select, -1.0):
-                self.best = {"epoch": self.epoch, **metrics}
-                self._write_best(self.best)
+            for name, values in metrics.items():
+                record.update(values if name == "student" else {f"{name}_{key}": v for key, v in values.items()})
+                if self.select is not None and values[self.select] > self.best.get(name, {}).get(self.select, -1.0):
+                    self.best[name] = {"epoch": self.epoch, **values}
+                    self._write_best(name, self.best[name])
         elapsed = time.monotonic() - started
         record["seconds"] = round(self.seconds + elapsed, 3)
         self.losses.reset()
         self.epoch, self.iteration, self.seconds = self.epoch + 1, 0, 0.0
         if distributed.is_main():
             self.run.append_metrics(record)
-            on_test = self.select is not None and self.select.startswith("recall@")
-            tqdm.write(epoch_line(record, self.settings.epochs) + ("  (best is selected on test)" if on_test else ""))
+            on_test = self.select is not None and not self.select.startswith("val_")
+            line = epoch_line(record, self._title(), self.settings.epochs)
+            tqdm.write(line + ("  (best is selected on test)" if on_test and self.stage_name is None else ""))
         self.save(0.0)
         return record
 
-    def _evaluate(self, started: float) -> dict[str, float]:
+    def _evaluate(self, started: float) -> dict[str, dict[str, float]]:
         """Evaluation may take long, so the epoch is saved first and a signal stops it at once."""
         self.save(time.monotonic() - started)
+        metrics: dict[str, dict[str, float]] = {}
         with self.stop.nothing_to_lose():
-            metrics = self.evaluate(self.task.student) if distributed.is_main() and self.evaluate else {}
-        return distributed.from_main(metrics)
+            if distributed.is_main() and self.evaluate:
+                metrics = {name: self.evaluate(network) for name, network in self.task.networks.items()}
+        return distributed.from_main(metrics)  # type: ignore[no-any-return]
 
-    def _write_best(self, metrics: dict[str, Any]) -> None:
+    def _write_best(self, name: str, metrics: dict[str, Any]) -> None:
         if distributed.is_main():
             self._check_finite()
-            write_checkpoint(self.run.best, {**self._network_state(), "metrics": metrics})
+            write_checkpoint(self.run.best_of(name), {**_network_state(self.task.networks[name]), "metrics": metrics})
 
-    def finish(self, metrics: dict[str, float]) -> None:
-        """Write best.pth where the result is the network of the last epoch."""
+    def finish(self, metrics: dict[str, dict[str, float]]) -> None:
+        """Write the results (network -> its metrics) where they are the networks of the last epoch."""
         if self.select is None:
-            self._write_best({"epoch": self.settings.epochs, **metrics})
-
-    def _network_state(self) -> dict[str, Any]:
-        return {"network": self.task.student.spec.to_dict(), "model": self.task.student.state_dict()}
+            for name, values in metrics.items():
+                self._write_best(name, {"epoch": self.settings.epochs, **values})
 
     def save(self, seconds: float) -> None:
         """Write last.pth: everything that the rest of the run depends on."""
@@ -213,12 +259,18 @@ class Trainer:
             write_checkpoint(
                 self.run.last,
                 {
-                    **self._network_state(),
-                    "objective": self.task.objective.state_dict(),
+                    **_network_state(self.task.student),
+                    "task": {key: value for key, value in self.task.state_dict().items() if value is not None},
                     "optimizer": self.optimizer.state_dict(),
                     "scaler": self.scaler.state_dict(),
                     "losses": self.losses.state(),
-                    "position": {"epoch": self.epoch, "iteration": self.iteration, "step": self.step},
+                    "position": {
+                        "stage": self.stage,
+                        "stages": [entered[1].name for entered in self.stages if entered],
+                        "epoch": self.epoch,
+                        "iteration": self.iteration,
+                        "step": self.step,
+                    },
                     "seconds": self.seconds + seconds,
                     "best": self.best,
                     "random": states,
@@ -242,18 +294,18 @@ class Trainer:
                     f"warning: {self.run.last} was written with {key} {stored.get(key)}, this is {value}; "
                     "the result will not equal that of an undisturbed run bit for bit."
                 )
-        self.task.student.load_state_dict(state["model"])
-        self.task.objective.load_state_dict(state["objective"])
+        position = state["position"]
+        self._enter_stage(position["stage"])
+        self.task.load_state_dict(state["task"])
         self.optimizer.load_state_dict(state["optimizer"])
         self.scaler.load_state_dict(state["scaler"])
         self.losses.restore(state["losses"])
-        position = state["position"]
         self.epoch, self.iteration, self.step = position["epoch"], position["iteration"], position["step"]
         self.seconds, self.best = state["seconds"], state["best"]
         if len(state["random"]) == distributed.world_size():
             reproducibility.restore_random_states(state["random"][distributed.rank()])
         if distributed.is_main():
-            self.run.cut_history(self.epoch - 1)
+            self.run.cut_history(self.epochs_done)
         return True
 
     def _check_finite(self) -> None:
@@ -272,13 +324,18 @@ def freeze_batch_norm(network: nn.Module) -> None:
             module.eval()
 
 
-def epoch_line(record: dict[str, Any], epochs: int) -> str:
+def _network_state(network: Network) -> dict[str, Any]:
+    return {"network": network.spec.to_dict(), "model": network.state_dict()}
+
+
+def epoch_line(record: dict[str, Any], title: str, epochs: int) -> str:
     """One honest line per epoch."""
-    metrics = [f"{key} {100 * value:.2f}" for key, value in record.items() if "recall@" in key]
+    known = ("stage", "epoch", "step", "loss", "losses", "lr", "seconds")
+    metrics = [f"{key} {100 * value:.2f}" for key, value in record.items() if key not in known]
     parts = [f"{name} {value:.4f}" for name, value in record["losses"].items()]
     return "  ".join(
         [
-            f"epoch {record['epoch']}/{epochs}",
+            f"{title} {record['epoch']}/{epochs}",
             f"loss {record['loss']:.4f}",
             *parts,
             *metrics,

@@ -37,8 +37,8 @@ def embed(
     """
     device = torch.device(device)
     vectors, labels, indices = [], [], []
-    with _eval_mode(network), torch.inference_mode(), autocast(device, precision):
-        for batch in _with_bar(batches, progress, total):
+    with eval_mode(network), torch.inference_mode(), autocast(device, precision):
+        for batch in with_bar(batches, progress, total):
             output = network(batch.images.to(device, non_blocking=True), want=("embedding",))
             vectors.append(output.embedding.float().cpu())
             labels.append(batch.labels.cpu())
@@ -50,7 +50,7 @@ def embed(
 
 
 @contextmanager
-def _eval_mode(network: nn.Module) -> Iterator[None]:
+def eval_mode(network: nn.Module) -> Iterator[None]:
     modes = [(module, module.training) for module in network.modules()]
     network.eval()
     try:
@@ -60,7 +60,7 @@ def _eval_mode(network: nn.Module) -> Iterator[None]:
             module.training = training
 
 
-def _with_bar(batches: Iterable[Batch], progress: str | None, total: int | None) -> Iterable[Batch]:
+def with_bar(batches: Iterable[Batch], progress: str | None, total: int | None) -> Iterable[Batch]:
     if progress is None:
         return batches
     from tqdm import tqdm

@@ -3,7 +3,7 @@
 import contextlib
 import inspect
 import math
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from typing import Any, NamedTuple
 
 import torch
@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from metric_kd.distances import sharing
 from metric_kd.errors import UserError, one_of
-from metric_kd.losses.term import TERMS, Term
+from metric_kd.losses.term import TERMS, Pair, PairTerm, Stage, Term
 from metric_kd.types import Batch, Output
 
 
@@ -116,8 +116,9 @@ def _option(name: str, key: str, value: Any) -> Any:
 class Objective(nn.Module):
     """sum_i weight_i * term_i(student, teacher, batch); terms of weight zero are not built and cost nothing.
 
-    One :class:`~metric_kd.distances.Pairwise` per tensor is shared by all terms of a step. Raises ``UserError`` where
-    no term is left.
+    One :class:`~metric_kd.distances.Pairwise` per tensor is shared by all terms of a step. :meth:`enter` chooses which
+    terms act: all that act in the main stage (the state in which it starts), or one term in a stage of its own. Raises
+    ``UserError`` where no term is left for the main stage.
     """
 
     def __init__(self, losses: Sequence[LossSpec]):
@@ -128,47 +129,139 @@ class Objective(nn.Module):
         self.terms = nn.ModuleDict()
         self.weights: dict[str, float] = {}
         for loss in active:
-            key = loss.name
+            key = loss.name.replace(".", "_")  # a dot would be a path inside the module
             while key in self.terms:  # the same term twice, with other options
                 key += "_"
             self.terms[key] = TERMS[loss.name](**loss.options)
             self.weights[key] = loss.weight
+        if not any(term.acts_in_main for term in self._terms()):
+            raise UserError(
+                f"loss {active[0].name!r} only acts in a stage of its own; add a loss for the main stage, as in "
+                "--loss cross_entropy:1."
+            )
+        self.stage: tuple[str, Stage] | None = None
+        self._main = {key: self.weights[key] for key, term in self._items() if term.acts_in_main}
 
     @property
     def names(self) -> list[str]:
         return list(self.weights)
 
+    def stages(self) -> list[tuple[str, Stage]]:
+        """(term, stage) of everything that comes before the main stage, in order."""
+        return [(key, stage) for key, term in self._items() for stage in term.stages()]
+
+    def enter(self, stage: tuple[str, Stage] | None) -> None:
+        """Begin one of :meth:`stages`, or with None the main stage."""
+        self.stage = stage
+        for key, term in self._items():
+            term.enter(stage[1].name if stage is not None and stage[0] == key else None)
+
+    def begin_epoch(self, epoch: int, epochs: int) -> None:
+        """Set the weights of an epoch (from 1) of the main stage. Raises ``UserError`` where all are zero."""
+        self._main = {
+            key: weight
+            for key, term in self._items()
+            if term.acts_in_main and (weight := self.weights[key] * term.schedule(epoch, epochs)) != 0
+        }
+        if not self._main:
+            raise UserError(
+                f"in epoch {epoch} the schedules of {', '.join(self.names)} leave no loss; add one that always acts, "
+                "as in --loss cross_entropy:1."
+            )
+
+    @property
+    def acting(self) -> dict[str, float]:
+        """The terms that act now, and their weights; a stage in which the student rests has weight 1."""
+        if self.stage is None:
+            return self._main
+        key, stage = self.stage
+        return {key: self.weights[key] if stage.trains_student else 1.0}
+
+    @property
+    def runs_student(self) -> bool:
+        """Whether the student's output is read at all."""
+        return self.stage is None or self.stage[1].trains_student
+
     @property
     def student_needs(self) -> tuple[str, ...]:
-        """Fields of ``Output`` that some term reads from the student."""
-        return tuple(sorted({need for term in self._terms() for need in term.needs}))
+        """Fields of ``Output`` that some acting term reads from the student."""
+        return self._needs(self.acting) if self.runs_student else ()
 
     @property
     def teacher_needs(self) -> tuple[str, ...]:
-        """Fields that some term reads from the teacher; empty where no term has a teacher."""
-        return tuple(sorted({need for term in self._terms() if term.reads_teacher for need in term.needs}))
+        """Fields that some acting term reads from the teacher; empty where no term has a teacher."""
+        return self._needs(self.acting, teacher=True)
 
-    def build(self, student: Output, teacher: Output | None, num_classes: int) -> None:
+    @property
+    def all_needs(self) -> tuple[tuple[str, ...], tuple[str, ...]]:
+        """(student's, teacher's) fields that the terms read in any stage."""
+        return self._needs(self.weights), self._needs(self.weights, teacher=True)
+
+    @property
+    def differentiates(self) -> bool:
+        """Whether some acting term takes gradients of what the networks give."""
+        return any(self._term(key).differentiates for key in self.acting)
+
+    def build(self, student: Output, teacher: Output | None, num_classes: int, pair: Pair | None = None) -> None:
         """Let every term create its trained parts from the outputs for two example images."""
-        for term in self._terms():
-            term.build(student, teacher if term.reads_teacher else None, num_classes)
+        for key, term in self._items():
+            if isinstance(term, PairTerm):
+                term.build(_the_pair(key, pair))
+            else:
+                term.build(student, teacher if term.reads_teacher else None, num_classes)
 
-    def forward(self, student: Output, teacher: Output | None, batch: Batch) -> tuple[Tensor, dict[str, Tensor]]:
-        """(weighted sum, {term: unweighted value, detached}); both stay on the device."""
+    def forward(
+        self, student: Output | None, teacher: Output | None, batch: Batch, pair: Pair | None = None
+    ) -> tuple[Tensor, dict[str, Tensor]]:
+        """(weighted sum, {term: unweighted value, detached}); both stay on the device.
+
+        ``pair``: for terms that see both networks, otherwise not needed.
+        """
         values: dict[str, Tensor] = {}
+        acting = self.acting
         with sharing():
-            for name, term in self.terms.items():
-                value = term(student, teacher if term.reads_teacher else None, batch)
+            for key in acting:
+                value = self._value(key, student, teacher, batch, pair)
                 if not isinstance(value, Tensor) or value.ndim:
-                    raise UserError(
-                        f"loss {name!r} must return a scalar tensor; average over the batch in its forward."
-                    )
-                values[name] = value
-        total = torch.stack([self.weights[name] * value for name, value in values.items()]).sum()
-        return total, {name: value.detach() for name, value in values.items()}
+                    raise UserError(f"loss {key!r} must return a scalar tensor; average over the batch in its forward.")
+                values[key] = value
+        total = torch.stack([weight * values[key] for key, weight in acting.items()]).sum()
+        resting = torch.zeros_like(total.detach())
+        return total, {key: values[key].detach() if key in values else resting for key in self.names}
+
+    def _value(
+        self, key: str, student: Output | None, teacher: Output | None, batch: Batch, pair: Pair | None
+    ) -> Tensor:
+        term = self._term(key)
+        theirs = teacher if term.reads_teacher else None
+        if self.stage is not None:
+            return term.stage_forward(self.stage[1].name, student, theirs, batch)
+        if isinstance(term, PairTerm):
+            value: Tensor = term(_the_pair(key, pair))
+        else:
+            value = term(student, theirs, batch)
+        return value
+
+    def _needs(self, keys: Iterable[str], teacher: bool = False) -> tuple[str, ...]:
+        terms = [self._term(key) for key in keys]
+        return tuple(sorted({need for term in terms if term.reads_teacher or not teacher for need in term.needs}))
+
+    def _term(self, key: str) -> Term:
+        term = self.terms[key]
+        assert isinstance(term, Term)
+        return term
+
+    def _items(self) -> list[tuple[str, Term]]:
+        return [(key, self._term(key)) for key in self.weights]
 
     def _terms(self) -> list[Term]:
-        return [term for term in self.terms.values() if isinstance(term, Term)]
+        return [term for _, term in self._items()]
+
+
+def _the_pair(key: str, pair: Pair | None) -> Pair:
+    if pair is None:
+        raise UserError(f"loss {key!r} sees both networks; hand the objective a Pair, as metric_kd.engine.tasks does.")
+    return pair
 
 
 def require_provided(owner: str, provides: frozenset[str], needs: Sequence[str], losses: Sequence[LossSpec]) -> None:

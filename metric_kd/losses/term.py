@@ -46,6 +46,8 @@ class Term(nn.Module):
     paper: ClassVar[str] = ""
     acts_in_main: ClassVar[bool] = True
     """False for a term that only acts in its own stages."""
+    one_process: ClassVar[bool] = False
+    """True for a term whose state depends on every image that was seen, so that several processes would differ."""
     learning_rate: float | None = None
     """Learning rate of the term's own parameters where it differs from the run's; it falls as the run's does."""
 

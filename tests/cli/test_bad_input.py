@@ -230,16 +230,16 @@ def test_a_loss_that_is_no_scalar(tmp_path, image_folder, capsys):
 
 
 def test_out_of_memory_names_a_batch_that_fits(monkeypatch, tmp_path, image_folder, capsys):
-    from metric_kd.engine.tasks import Embedding
+    from metric_kd.engine.tasks import Solo
 
-    forward = Embedding.forward
+    forward = Solo.forward
 
     def hungry(self, batch):
         if len(batch.labels) > 8:
             raise torch.OutOfMemoryError("CUDA out of memory.")
         return forward(self, batch)
 
-    monkeypatch.setattr(Embedding, "forward", hungry)
+    monkeypatch.setattr(Solo, "forward", hungry)
     text = refusal(train, [*TINY, "--data", image_folder, "--save_dir", tmp_path / "run"], capsys)
     assert "--batch 6" in text
 

@@ -19,7 +19,7 @@ def test_the_seeds_teacher_command_and_defaults():
     assert (config.sample, config.margin, config.embedding_size, config.base) == ("distance", 0.2, 512, "resnet50")
     assert (config.lr, config.batch, config.num_image_per_class) == (1e-5, 64, 5)
     assert (config.lr_decay_epochs, config.lr_decay_gamma) == ([25, 30, 35], 0.5)
-    assert (config.epochs, config.iter_per_epoch, config.recall, config.seed) == (40, 100, [1], 0)
+    assert (config.epochs, config.iter_per_epoch, config.recall, config.seed) == (40, None, [1], 0)
     assert parse("train", []).config.dataset == "cub200"
     assert fold(config).loss == ["l2_triplet:1,margin=0.2,sample=distance"]
 

@@ -185,12 +185,12 @@ def test_sigterm_during_evaluation_stops_at_once_with_everything_saved(image_fol
     slow = tmp_path / "slow.py"
     slow.write_text(
         "import time\n"
-        "import metric_kd.cli.session as session\n"
-        "evaluate = session.evaluate_retrieval\n"
+        "import metric_kd.cli.goals as goals\n"
+        "evaluate = goals.evaluate_retrieval\n"
         "def slowly(*args, **kwargs):\n"
         "    time.sleep(60)\n"
         "    return evaluate(*args, **kwargs)\n"
-        "session.evaluate_retrieval = slowly\n"
+        "goals.evaluate_retrieval = slowly\n"
     )
     common = flags(image_folder, run, "--epochs", "6", "--iter_per_epoch", "12", "--save_minutes", "60")
     process = start([*common, "--plugins", str(slow)])

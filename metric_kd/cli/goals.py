@@ -1,0 +1,175 @@
+"""What a run is for: embeddings that retrieve unseen classes, or a classifier of known ones.
+
+A goal says how data are split, which head a network has, how batches are drawn and what is measured. The step itself
+(:mod:`metric_kd.engine.tasks`) is the same for both.
+"""
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any, Protocol
+
+import torch
+from torch import nn
+
+from metric_kd import distributed
+from metric_kd.cli.config import NETWORK_FIELDS, RunConfig
+from metric_kd.data import load_dataset
+from metric_kd.data.batches import ClassBalancedBatches, ShuffledBatches
+from metric_kd.data.loading import ImageLoader
+from metric_kd.data.records import ImageRecords, Splits, hold_out_classes, hold_out_images
+from metric_kd.evaluation.classification import check_top, evaluate_classification
+from metric_kd.evaluation.embed import embed
+from metric_kd.evaluation.retrieval import check_ks, evaluate_retrieval, gallery_size
+from metric_kd.losses.objective import LossSpec, option_names
+from metric_kd.models.backbone import Pixels
+from metric_kd.models.network import NetworkSpec
+
+Evaluate = Callable[[nn.Module], dict[str, float]]
+
+
+class Goal(Protocol):
+    """The two goals below have these methods."""
+
+    def hold_out(self, train: ImageRecords) -> Splits:
+        """(to fit, to select by) for ``--select val``."""
+        ...
+
+    def head(self, classes: int) -> dict[str, Any]:
+        """Fields of :class:`NetworkSpec` that follow from the goal, for that many training classes."""
+        ...
+
+    def batches(self, config: RunConfig, losses: list[LossSpec], records: ImageRecords) -> Any:
+        """Which images make a batch."""
+        ...
+
+    def keys(self, config: RunConfig) -> dict[str, str]:
+        """Metric -> its name for people; the first is the one to select by."""
+        ...
+
+    def check(self, config: RunConfig, records: ImageRecords) -> None:
+        """Refuse metrics that these test images cannot give."""
+        ...
+
+    def evaluate(self, config: RunConfig, device: torch.device, loader: ImageLoader, prefix: str = "") -> Evaluate:
+        """network -> {metric: fraction} on the images of a loader."""
+        ...
+
+
+class Retrieval:
+    """Embeddings, measured by Recall@K on classes that were not trained on."""
+
+    def hold_out(self, train: ImageRecords) -> Splits:
+        return hold_out_classes(train)
+
+    def head(self, classes: int) -> dict[str, Any]:
+        return {}
+
+    def batches(self, config: RunConfig, losses: list[LossSpec], records: ImageRecords) -> ClassBalancedBatches:
+        return ClassBalancedBatches(
+            records.labels,
+            config.batch,
+            config.num_image_per_class,
+            config.iter_per_epoch or 100,
+            config.seed,
+            rank=distributed.rank(),
+            world=distributed.world_size(),
+            pairs=any("sample" in option_names(loss.name) for loss in losses),
+            class_names=records.class_names,
+        )
+
+    def keys(self, config: RunConfig) -> dict[str, str]:
+        return {f"recall@{k}": f"Recall@{k}" for k in config.recall}
+
+    def check(self, config: RunConfig, records: ImageRecords) -> None:
+        check_ks(config.recall, gallery_size(len(records), records.query, records.gallery))
+
+    def evaluate(self, config: RunConfig, device: torch.device, loader: ImageLoader, prefix: str = "") -> Evaluate:
+        records = loader.records
+
+        def measure(network: nn.Module) -> dict[str, float]:
+            batches = loader.test(config.batch)
+            total = -(-len(records) // config.batch)
+            vectors = embed(
+                network, batches, device=device, precision=config.precision, progress="evaluating", total=total
+            )
+            metrics, _ = evaluate_retrieval(vectors, config.recall, query=records.query, gallery=records.gallery)
+            return {f"{prefix}{key}": value for key, value in metrics.items()}
+
+        return measure
+
+
+class Classification:
+    """A classifier on the pooled feature, which is its embedding too; measured by top-K accuracy on known classes."""
+
+    def hold_out(self, train: ImageRecords) -> Splits:
+        return hold_out_images(train)
+
+    def head(self, classes: int) -> dict[str, Any]:
+        return {"num_classes": classes}
+
+    def batches(self, config: RunConfig, losses: list[LossSpec], records: ImageRecords) -> ShuffledBatches:
+        return ShuffledBatches(
+            len(records),
+            config.batch,
+            config.seed,
+            rank=distributed.rank(),
+            world=distributed.world_size(),
+            iterations=config.iter_per_epoch,
+        )
+
+    def keys(self, config: RunConfig) -> dict[str, str]:
+        return {f"top{k}": f"Top-{k} accuracy" for k in config.top}
+
+    def check(self, config: RunConfig, records: ImageRecords) -> None:
+        check_top(config.top, records.num_classes)
+
+    def evaluate(self, config: RunConfig, device: torch.device, loader: ImageLoader, prefix: str = "") -> Evaluate:
+        def measure(network: nn.Module) -> dict[str, float]:
+            metrics = evaluate_classification(
+                network,
+                loader.test(max(config.batch, 256)),
+                device=device,
+                precision=config.precision,
+                ks=config.top,
+                progress="evaluating",
+                total=-(-len(loader.records) // max(config.batch, 256)),
+            )
+            return {f"{prefix}{key}": value for key, value in metrics.items()}
+
+        return measure
+
+
+def goal_of(config: RunConfig) -> Goal:
+    """The goal that --task names."""
+    return Classification() if config.task == "classification" else Retrieval()
+
+
+def load_splits(config: RunConfig) -> Splits:
+    """Training and test images as the goal needs them."""
+    return load_dataset(
+        config.dataset,
+        config.data,
+        task=config.task,
+        labels=config.labels,
+        train_classes=_train_classes(config.train_classes),
+    )
+
+
+def network_spec(config: RunConfig, prefix: str, pixels: Pixels, head: dict[str, Any]) -> NetworkSpec:
+    """The network that the flags describe; with the prefix teacher_ the teacher."""
+    return NetworkSpec(
+        **{field: getattr(config, f"{prefix}{field}") for field in NETWORK_FIELDS}, pixels=pixels, **head
+    )
+
+
+def is_number(text: str) -> bool:
+    """Whether --train_classes gives a number and not a file."""
+    return text.isascii() and text.isdecimal()
+
+
+def _train_classes(text: str | None) -> int | list[str] | None:
+    if text is None:
+        return None
+    if is_number(text):
+        return int(text)
+    return [line.strip() for line in Path(text).read_text().splitlines() if line.strip()]

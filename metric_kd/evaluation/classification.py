@@ -1,0 +1,105 @@
+"""evaluate_classification: the top-k accuracy of one network's logits over a loader."""
+
+from collections.abc import Iterable, Sequence
+
+import torch
+from torch import Tensor, nn
+
+from metric_kd.devices import autocast
+from metric_kd.errors import UserError
+from metric_kd.evaluation.embed import eval_mode, with_bar
+from metric_kd.types import Batch
+
+DEFAULT_TOP = (1, 5)
+
+
+def default_top(num_classes: int) -> tuple[int, ...]:
+    """Top-1, and top-5 where it can fail: among more than five classes."""
+    return tuple(k for k in DEFAULT_TOP if k == 1 or k < num_classes)
+
+
+def check_top(ks: Iterable[int], num_classes: int) -> None:
+    """Raise ``UserError`` where a k of top-k accuracy cannot be; cheap, to be called before long work."""
+    ks = list(ks)
+    if not ks:
+        raise UserError("top-k accuracy needs at least one k, as in 1 5.")
+    for k in ks:
+        if k != int(k) or k < 1:
+            raise UserError(f"k = {k} is not possible in top-k accuracy; give whole numbers of 1 or more.")
+        if k > num_classes:
+            raise UserError(f"top-{k} accuracy needs {k} classes and there are {num_classes}; choose a smaller k.")
+
+
+def topk_accuracy(logits: Tensor, labels: Tensor, ks: Sequence[int] | None = None) -> dict[str, float]:
+    """{"top<k>": fraction of rows whose class is among the k largest logits}.
+
+        top-k = 1/N sum_n clamp((k - above_n) / equal_n, 0, 1)
+
+    logits: (N, K), halves raised to float32; labels: (N,) in 0 .. K-1. ks: (1, 5) without what K classes make
+    certain, by default. above_n counts the logits above that of the label, equal_n those equal to it, its own
+    included: a tie gets what a fair draw among the equals would get on average, so that neither the order of the
+    classes nor the coarse steps of bf16 help or hurt, and a network that says the same of every class has k/K. A row
+    with a NaN is a miss. Raises ``UserError`` for a k that cannot be, labels that are no class, and no rows.
+    """
+    num_classes = logits.shape[1]
+    ks = default_top(num_classes) if ks is None else ks
+    check_top(ks, num_classes)
+    if len(logits) == 0:
+        raise UserError("there are no logits to count; check that the data set is not empty.")
+    _check_labels(labels, num_classes)
+    hits = _hits(logits, labels, ks)
+    return {f"top{k}": float(hit) / len(logits) for k, hit in zip(ks, hits, strict=True)}
+
+
+def evaluate_classification(
+    network: nn.Module,
+    batches: Iterable[Batch],
+    *,
+    device: torch.device | str = "cpu",
+    precision: str = "fp32",
+    ks: Sequence[int] | None = None,
+    progress: str | None = None,
+    total: int | None = None,
+) -> dict[str, float]:
+    """:func:`topk_accuracy` of ``network(images, want=("logits",))`` over all batches, without keeping the logits.
+
+    The network is where ``device`` says and in eval mode meanwhile; every module gets back the mode that it had.
+    precision: "fp32", "bf16" or "fp16" (autocast). progress: the title of a bar on stderr over ``total`` batches.
+    Raises ``UserError`` for an unknown precision, where there are no batches, and as :func:`topk_accuracy` does.
+    """
+    device = torch.device(device)
+    hits: Tensor | None = None
+    count = 0
+    with eval_mode(network), torch.inference_mode(), autocast(device, precision):
+        for batch in with_bar(batches, progress, total):
+            logits = network(batch.images.to(device, non_blocking=True), want=("logits",)).logits
+            if hits is None:
+                ks = default_top(logits.shape[1]) if ks is None else ks
+                check_top(ks, logits.shape[1])
+                hits = torch.zeros(len(ks), dtype=torch.float64, device=logits.device)
+            assert ks is not None
+            _check_labels(batch.labels, logits.shape[1])
+            hits += _hits(logits, batch.labels.to(logits.device, non_blocking=True), ks)
+            count += len(logits)
+    if hits is None or ks is None or count == 0:
+        raise UserError("there are no images to classify; check that the data set is not empty.")
+    return {f"top{k}": hit / count for k, hit in zip(ks, hits.tolist(), strict=True)}
+
+
+def _check_labels(labels: Tensor, num_classes: int) -> None:
+    """An index beyond the logits would end the process on a GPU."""
+    if len(labels) and not 0 <= int(labels.min()) <= int(labels.max()) < num_classes:
+        raise UserError(
+            f"the labels run from {int(labels.min())} to {int(labels.max())} and the network has {num_classes} classes; "
+            "use the data set that it was trained on."
+        )
+
+
+def _hits(logits: Tensor, labels: Tensor, ks: Sequence[int]) -> Tensor:
+    """(len(ks),) float64: the rows that count for each k, ties in part."""
+    logits = logits.detach().float() if logits.dtype in (torch.float16, torch.bfloat16) else logits.detach()
+    own = logits.gather(1, labels[:, None])
+    above, equal = (logits > own).sum(1), (logits == own).sum(1)
+    places = torch.tensor(list(ks), device=logits.device)[:, None]
+    credit = ((places - above).double() / equal.clamp(min=1)).clamp(0, 1)
+    return torch.where(logits.isnan().any(1), 0.0, credit).sum(1)

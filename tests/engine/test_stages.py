@@ -1,0 +1,244 @@
+"""Classification, stages of their own, peers: every kind of run is trained, killed anywhere, resumed, and equal."""
+
+import json
+from pathlib import Path
+
+import pytest
+import torch
+
+from metric_kd.cli.distill import main as distill
+from metric_kd.cli.train import main as train
+from metric_kd.engine.checkpoint import read_checkpoint
+from metric_kd.engine.trainer import Trainer
+from metric_kd.errors import UserError
+
+SMALL = [
+    "--task", "classification", "--dataset", "folder", "--base", "resnet8_x0.25:stem_stride=2", "--batch", "16",
+    "--epochs", "4", "--lr", "0.02", "--device", "cpu", "--save_minutes", "0",
+]  # fmt: skip
+
+
+class Killed(BaseException):
+    """What SIGKILL is to a process."""
+
+
+@pytest.fixture(scope="module")
+def classifier(image_folder, tmp_path_factory) -> Path:
+    run = tmp_path_factory.mktemp("classifier") / "run"
+    torch.set_num_threads(1)
+    train([*SMALL, "--base", "resnet8_x0.5:stem_stride=2", "--data", str(image_folder), "--save_dir", str(run)])
+    return run
+
+
+def weights(run: Path, name: str = "best.pth") -> dict:
+    return read_checkpoint(run / name)["model"]
+
+
+def lines(run: Path) -> list[dict]:
+    records = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
+    return [{key: value for key, value in record.items() if key != "seconds"} for record in records]
+
+
+def kill_at(step: int, monkeypatch) -> None:
+    update = Trainer._update
+
+    def mortal(self, batch):
+        if self.step == step:
+            raise Killed
+        update(self, batch)
+
+    monkeypatch.setattr(Trainer, "_update", mortal)
+
+
+def test_a_baseline_learns_and_is_evaluated_again(classifier, image_folder, tmp_path, capsys):
+    text = (classifier / "result.txt").read_text()
+    assert "Final Top-1 accuracy" in text and "Final Top-5 accuracy" in text
+    assert read_checkpoint(classifier)["network"]["num_classes"] == 8
+    record = lines(classifier)[-1]
+    assert record["epoch"] == 4 and record["step"] == 4 * 3, "an epoch is once through the 48 training images"
+    capsys.readouterr()
+    assert train(["--mode", "eval", "--load", str(classifier)]) == 0
+    assert f"Top-1 accuracy: {100 * record['top1']:.4f}" in capsys.readouterr().out
+
+
+STAGED = {
+    "ab:10,stage_epochs=2": ["ab", "ab", None, None, None, None],
+    "fsp:1": ["fsp", None, None, None, None],
+    "ft:200,stage_epochs=2": ["ft", "ft", None, None, None, None],
+}
+
+
+@pytest.mark.parametrize("loss", [*STAGED, "crd:0.8,negatives=20,dim=8", "bss:2", "vid:1", "sobolev:20"])
+@pytest.mark.parametrize("step", [3, 10])
+def test_killed_in_any_stage_and_resumed_gives_the_same_weights(
+    loss, step, classifier, image_folder, tmp_path, monkeypatch
+):
+    common = [*SMALL, "--data", str(image_folder), "--teacher_load", str(classifier), "--loss", "cross_entropy:1"]
+    common += ["--loss", loss]
+    distill([*common, "--save_dir", str(tmp_path / "whole")])
+    with monkeypatch.context() as patch, pytest.raises(Killed):
+        kill_at(step, patch)
+        distill([*common, "--save_dir", str(tmp_path / "cut")])
+    assert read_checkpoint(tmp_path / "cut" / "last.pth")["position"]["step"] == step - 1
+    distill([*common, "--save_dir", str(tmp_path / "cut")])
+    whole, cut = weights(tmp_path / "whole"), weights(tmp_path / "cut")
+    assert all(torch.equal(whole[key], cut[key]) for key in whole)
+    assert lines(tmp_path / "whole") == lines(tmp_path / "cut")
+    if loss in STAGED:
+        assert [record.get("stage") for record in lines(tmp_path / "whole")] == STAGED[loss]
+        named = loss.split(":")[0]
+        assert set(lines(tmp_path / "whole")[0]["losses"]) == {named}
+    assert {key.split(".")[0] for key in whole} == {"base", "classifier"}, "the student holds nothing of the terms"
+
+
+def test_a_stage_moves_what_it_trains_and_nothing_else(classifier, image_folder, tmp_path, monkeypatch):
+    common = [*SMALL, "--data", str(image_folder), "--teacher_load", str(classifier), "--loss", "cross_entropy:1"]
+    seen: dict[str, dict] = {}
+    enter = Trainer._enter_stage
+
+    def noting(self, stage):
+        enter(self, stage)
+        seen[f"{len(seen)}"] = {key: value.clone() for key, value in self.task.state_dict().items()}
+
+    monkeypatch.setattr(Trainer, "_enter_stage", noting)
+    distill([*common, "--loss", "ft:200", "--save_dir", str(tmp_path / "ft")])
+    before, after = seen["0"], seen["1"]
+    moved = {key for key in before if not torch.equal(before[key], after[key])}
+    assert moved and all("paraphraser" in key for key in moved)
+    final = read_checkpoint(tmp_path / "ft" / "last.pth")["task"]
+    assert all(torch.equal(final[key], after[key]) for key in final if "paraphraser" in key), "frozen afterwards"
+    seen.clear()
+    distill([*common, "--loss", "ab:10", "--save_dir", str(tmp_path / "ab")])
+    before, after = seen["0"], seen["1"]
+    moved = {key for key in before if not torch.equal(before[key], after[key])}
+    assert any(key.startswith("student.base") for key in moved)
+    assert not any("classifier" in key for key in moved), "what has no gradient does not decay either"
+
+
+def test_losses_with_a_stage_need_a_main_stage(classifier, image_folder, tmp_path):
+    flags = [
+        *SMALL,
+        "--data",
+        str(image_folder),
+        "--teacher_load",
+        str(classifier),
+        "--save_dir",
+        str(tmp_path / "run"),
+    ]
+    with pytest.raises(UserError, match="add a loss for the main stage"):
+        distill([*flags, "--loss", "ab:10"])
+    with pytest.raises(UserError, match="schedules of bss leave no loss"):
+        distill([*flags, "--loss", "bss:2"])
+    assert not (tmp_path / "run").exists()
+
+
+def test_peers_are_killed_resumed_and_kept_each(image_folder, tmp_path, monkeypatch):
+    common = [*SMALL, "--data", str(image_folder), "--mutual", "resnet8_x0.5:stem_stride=2", "--select", "test"]
+    distill([*common, "--save_dir", str(tmp_path / "whole")])
+    with monkeypatch.context() as patch, pytest.raises(Killed):
+        kill_at(6, patch)
+        distill([*common, "--save_dir", str(tmp_path / "cut")])
+    distill([*common, "--save_dir", str(tmp_path / "cut")])
+    for name in ("best.pth", "peer1.pth"):
+        whole, cut = weights(tmp_path / "whole", name), weights(tmp_path / "cut", name)
+        assert all(torch.equal(whole[key], cut[key]) for key in whole)
+    assert "peer1: Best Top-1" in (tmp_path / "whole" / "result.txt").read_text()
+    record = lines(tmp_path / "whole")[-1]
+    assert {"student_cross_entropy", "student_dml", "peer1_cross_entropy", "peer1_dml"} == set(record["losses"])
+    assert "peer1_top1" in record
+    for name in ("best.pth", "peer1.pth"):
+        assert train(["--mode", "eval", "--load", str(tmp_path / "whole" / name)]) == 0
+
+
+def test_mutual_learning_equals_independent_optimisers():
+    """One optimiser over all peers steps as one SGD per peer would, from losses computed before any step."""
+    from metric_kd.engine.optimisation import Settings, make_optimizer
+    from metric_kd.engine.tasks import Mutual
+    from metric_kd.functional import cross_entropy, dml
+    from metric_kd.losses.objective import parse_loss
+    from metric_kd.models.network import NetworkSpec, build_network
+    from metric_kd.types import Batch
+
+    def networks():
+        torch.manual_seed(0)
+        return {
+            name: build_network(NetworkSpec("resnet8_x0.25", 0, False, num_classes=4))
+            for name in ("student", "peer1", "peer2")
+        }
+
+    images = torch.randint(0, 256, (8, 3, 32, 32), dtype=torch.uint8)
+    batch = Batch(images, torch.arange(8) % 4, torch.arange(8))
+    settings = Settings(epochs=1, iterations=1, lr=0.1, optimizer="sgd", weight_decay=1e-4)
+    task = Mutual(networks(), [parse_loss("cross_entropy:1,features=logits"), parse_loss("dml:0.5")])
+    task.build(batch, 4)
+    task.train()
+    optimizer = make_optimizer(settings, task.parameter_groups())
+    others = networks()
+    separate = {
+        name: torch.optim.SGD(net.parameters(), 0.1, 0.9, weight_decay=1e-4, nesterov=True)
+        for name, net in others.items()
+    }
+    for network in others.values():
+        network.train()
+    for _ in range(2):
+        optimizer.zero_grad()
+        total, values = task(batch)
+        total.backward()
+        optimizer.step()
+        logits = {name: network(images, want=("logits",)).logits for name, network in others.items()}
+        for name in others:
+            peers = [dml(logits[name], logits[other].detach()) for other in others if other != name]
+            loss = cross_entropy(logits[name], batch.labels) + 0.5 * sum(peers) / 2
+            separate[name].zero_grad()
+            loss.backward()
+            separate[name].step()
+    assert values["student_dml"].item() == pytest.approx(
+        (sum(dml(logits["student"], logits[k]) for k in ("peer1", "peer2")) / 2).item(), rel=1e-5
+    )
+    for name, network in others.items():
+        for ours, theirs in zip(task.networks[name].parameters(), network.parameters(), strict=True):
+            torch.testing.assert_close(ours, theirs, rtol=1e-5, atol=1e-7)
+
+
+def test_mutual_refuses_what_cannot_teach_both_ways(image_folder, tmp_path, classifier):
+    flags = [*SMALL, "--data", str(image_folder), "--mutual", "resnet8_x0.25", "--save_dir", str(tmp_path / "run")]
+    with pytest.raises(UserError, match="leave it out of --mutual"):
+        distill([*flags, "--loss", "cross_entropy:1", "--loss", "ab:1"])
+    with pytest.raises(UserError, match="leave it out of --mutual"):
+        distill([*flags, "--loss", "cross_entropy:1", "--loss", "crd:1"])
+    with pytest.raises(UserError, match="leave --teacher_load or --mutual out"):
+        distill([*flags, "--teacher_load", str(classifier)])
+
+
+def test_students_of_a_comparison_start_alike(classifier, image_folder, tmp_path, monkeypatch):
+    start = tmp_path / "start.pth"
+    begun = []
+    fit = Trainer.fit
+
+    def noting(self):
+        begun.append({key: value.clone() for key, value in self.task.student.state_dict().items()})
+        fit(self)
+
+    monkeypatch.setattr(Trainer, "fit", noting)
+    common = [*SMALL, "--epochs", "1", "--data", str(image_folder), "--student_init", str(start)]
+    train([*common, "--save_dir", str(tmp_path / "alone")])
+    st = ["--teacher_load", str(classifier), "--loss", "cross_entropy:1", "--loss", "st:0.1,temperature=4"]
+    distill([*common, *st, "--seed", "5", "--save_dir", str(tmp_path / "st")])
+    assert all(torch.equal(begun[0][key], begun[1][key]) for key in begun[0])
+    with pytest.raises(UserError, match="needs|shape"):
+        train([*common, "--base", "resnet8_x0.5", "--save_dir", str(tmp_path / "other")])
+
+
+def test_a_teacher_of_other_classes_is_refused(image_folder, classifier, tmp_path):
+    flags = [*SMALL, "--data", str(image_folder), "--train_classes", "4", "--teacher_load", str(classifier)]
+    with pytest.raises(UserError, match="tells 8 classes apart and the student 4"):
+        distill([*flags, "--loss", "cross_entropy:1", "--loss", "st:0.1", "--save_dir", str(tmp_path / "run")])
+    distill(
+        [*flags, "--epochs", "1", "--loss", "cross_entropy:1", "--loss", "at:100", "--save_dir", str(tmp_path / "at")]
+    )
+
+
+def test_selection_on_held_out_images(image_folder, tmp_path):
+    train([*SMALL, "--data", str(image_folder), "--select", "val", "--save_dir", str(tmp_path / "run")])
+    assert "selected on held-out training images" in (tmp_path / "run" / "result.txt").read_text()
+    assert "val_top1" in lines(tmp_path / "run")[0]
