@@ -5,6 +5,7 @@ from collections.abc import Sequence
 import metric_kd.distill  # noqa: F401 (registers the methods)
 from metric_kd.data import DATASETS
 from metric_kd.errors import UserError, one_of
+from metric_kd.losses import pml
 from metric_kd.losses.samplers import SAMPLERS
 from metric_kd.losses.term import TERMS
 from metric_kd.models import backbone_names
@@ -31,6 +32,7 @@ def methods() -> list[str]:
     return [f"{line}  {row[5]}" for line, row in zip(lines, rows, strict=True)]
 
 
+NO_PML = "pml.NAME: any loss of pytorch-metric-learning, once it is installed (extra metric_learning)"
 KINDS = ("datasets", "backbones", "samplers", "losses", "methods")
 
 
@@ -39,5 +41,9 @@ def main(arguments: Sequence[str], program: str | None = None) -> int:
         raise UserError(f"usage: metric-kd list {'|'.join(KINDS)}")
     if arguments[0] not in KINDS:
         raise one_of("list", arguments[0], KINDS)
+    if arguments[0] == "losses":
+        print("\n".join(names("losses")))
+        print("\n".join(f"pml.{name}" if not name.startswith("pml.") else name for name in pml.names()) or NO_PML)
+        return 0
     print("\n".join(methods() if arguments[0] == "methods" else names(arguments[0])))
     return 0

@@ -52,10 +52,12 @@ def _on_logits(loss: LossSpec, config: RunConfig) -> LossSpec:
 
 def _with_defaults(loss: LossSpec, defaults: dict[str, object]) -> LossSpec:
     known = option_names(loss.name)
-    options = {key: value for key, value in defaults.items() if key in known} | loss.options
+    if "sample" in known:  # --margin and --sample speak of triplets; other losses have margins of their own
+        loss = loss._replace(options={key: value for key, value in defaults.items() if key in known} | loss.options)
+    options = loss.options
     if "sample" in options:
         SAMPLERS.canonical(str(options["sample"]))
-    return loss._replace(options=options)
+    return loss
 
 
 def _from_ratios(config: DistillConfig) -> list[LossSpec]:

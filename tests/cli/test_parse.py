@@ -1,6 +1,7 @@
 """Flags, YAML and presets become one config; unknown keys are refused with a suggestion."""
 
 import pytest
+from pinned import case
 
 from metric_kd.cli.config import TrainConfig, default_save_dir
 from metric_kd.cli.losses import fold
@@ -205,3 +206,44 @@ def test_another_load_makes_what_a_file_says_of_its_network_no_contradiction(tmp
     assert {"teacher_base", "batch"} <= given
     given = parse("distill", ["--config", str(tmp_path / "c.yaml"), "--teacher_load", "b"]).given
     assert "teacher_base" not in given and "batch" in given
+
+
+def test_margins_of_other_losses_are_their_own():
+    """--margin and --triplet_margin belong to triplets; a loss that calls something else a margin keeps its default."""
+    losses = fold(parse("distill", ["--loss", "cross_entropy:1", "--loss", "ab:10", "--loss", "l2_triplet:1"]).config).loss
+    assert losses == ["cross_entropy:1", "ab:10", "l2_triplet:1,margin=0.2,sample=distance"]
+
+
+def test_a_classification_starts_from_preset_zoo_and_flags_win():
+    config = parse("train", ["--task", "classification"]).config
+    assert (config.optimizer, config.lr, config.epochs, config.batch) == ("sgd", 0.1, 200, 128)
+    assert (config.lr_decay_at, config.weight_decay) == ([0.5, 0.75], 1e-4)
+    config = parse("train", ["--task", "classification", "--lr_decay_epochs", "3", "--lr", "0.5"]).config
+    assert (config.lr_decay_at, config.lr_decay_epochs, config.lr) == ([], [3], 0.5)
+    assert parse("train", []).config.optimizer == "adam"
+
+
+def test_milestones_scale_with_epochs():
+    """Epochs 1..100 at the full rate, 101..150 at a tenth, then a hundredth (the Zoo); the same shares of 20 epochs."""
+    from metric_kd.cli.session import make_settings
+    from metric_kd.engine.optimisation import learning_rate
+
+    config = parse("train", ["--preset", "zoo"]).config
+    settings = make_settings(config, 10)
+    rates = [learning_rate(settings, epoch, 0) for epoch in range(1, 201)]
+    pinned = case("zoo_lr_main", family="zoo").outputs["lr"]
+    assert rates == pytest.approx(pinned.tolist())
+    short = make_settings(parse("train", ["--preset", "zoo", "--epochs", "20"]).config, 10)
+    assert [learning_rate(short, epoch, 0) for epoch in range(1, 21)] == pytest.approx(pinned[9::10].tolist())
+
+
+def test_a_stage_follows_the_zoos_own_schedule():
+    from metric_kd.cli.session import make_settings
+    from metric_kd.engine.optimisation import learning_rate, stage_settings
+    from metric_kd.losses.term import TERMS
+
+    (stage,) = TERMS["ab"]().stages()
+    settings = stage_settings(make_settings(parse("train", ["--preset", "zoo"]).config, 10), stage)
+    pinned = case("zoo_lr_init", family="zoo").outputs["lr"]
+    assert settings.epochs == len(pinned) == 50
+    assert [learning_rate(settings, epoch, 0) for epoch in range(1, 51)] == pytest.approx(pinned.tolist())
