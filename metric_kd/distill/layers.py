@@ -19,23 +19,34 @@ def parse_layers(layers: str) -> tuple[int, ...]:
     return tuple(int(part) for part in parts)
 
 
-def paired_maps(student: Output, teacher: Output | None, layers: tuple[int, ...]) -> list[MapPair]:
-    """(student map, teacher map) of the given stages; of the last three of each network where none are given.
+def paired_maps(student: Output, teacher: Output | None, layers: tuple[int, ...], count: int = 3) -> list[MapPair]:
+    """(student map, teacher map) of the given stages; of the last ``count`` of each network where none are given.
 
     Raises ``UserError`` where a network gives no maps or has no such stage.
     """
-    if not student.maps or teacher is None or not teacher.maps:
-        owner = "teacher" if student.maps else "student"
-        raise UserError(f"the {owner} gives no stage maps; choose a convolutional {owner} or another method.")
+    return _paired(student.maps, None if teacher is None else teacher.maps, layers, count, "stage maps")
+
+
+def paired_preacts(student: Output, teacher: Output | None, layers: tuple[int, ...], count: int = 3) -> list[MapPair]:
+    """As :func:`paired_maps`, of the maps before their activation."""
+    return _paired(student.preacts, None if teacher is None else teacher.preacts, layers, count, "pre-activations")
+
+
+def _paired(
+    ours: tuple[Tensor, ...] | None, theirs: tuple[Tensor, ...] | None, layers: tuple[int, ...], count: int, what: str
+) -> list[MapPair]:
+    if not ours or not theirs:
+        owner = "teacher" if ours else "student"
+        raise UserError(f"the {owner} gives no {what}; choose a convolutional {owner} or another method.")
     if not layers:
-        count = min(3, len(student.maps), len(teacher.maps))
-        return list(zip(student.maps[-count:], teacher.maps[-count:], strict=True))
-    for owner, maps in (("student", student.maps), ("teacher", teacher.maps)):
+        count = min(count, len(ours), len(theirs))
+        return list(zip(ours[-count:], theirs[-count:], strict=True))
+    for owner, maps in (("student", ours), ("teacher", theirs)):
         if max(layers) >= len(maps):
             raise UserError(
                 f"layers names stage {max(layers)}, but the {owner} has maps 0 to {len(maps) - 1}; choose from those."
             )
-    return [(student.maps[layer], teacher.maps[layer]) for layer in layers]
+    return [(ours[layer], theirs[layer]) for layer in layers]
 
 
 def pool_to_smaller(student: Tensor, teacher: Tensor) -> MapPair:
@@ -56,3 +67,12 @@ def _pool(maps: Tensor, size: tuple[int, int]) -> Tensor:
     if height % size[0] == 0 and width % size[1] == 0:  # the same average; unlike the general one deterministic on CUDA
         return avg_pool2d(maps, (height // size[0], width // size[1]))
     return adaptive_avg_pool2d(maps, size)
+
+
+def same_shape(method: str, student: Tensor, teacher: Tensor) -> None:
+    """Refuse two maps that a method cannot compare element by element."""
+    if student.shape != teacher.shape or student.ndim != 4:
+        raise UserError(
+            f"{method} compares two (N, C, H, W) maps of one shape; got {tuple(student.shape)} and "
+            f"{tuple(teacher.shape)}: pool and connect the student's first, as --loss {method} does."
+        )

@@ -1,6 +1,6 @@
 import pytest
 import torch
-from pinned import assert_close, case
+from pinned import arrays, assert_close, case
 from torch.autograd import gradcheck
 
 from metric_kd.errors import UserError
@@ -185,3 +185,58 @@ def test_bad_input():
         fitnet(maps(2, 3), maps(2, 4))
     with pytest.raises(UserError, match="embedding=false"):
         TERMS["fitnet"]().build(STUDENT._replace(embedding=None), TEACHER, 3)
+
+
+def test_fitnet_golden_without_connector():
+    zoo = case("zoo_hint", family="zoo")
+    student, teacher = zoo.inputs["fm_s"], zoo.inputs["fm_t"]
+    seeds = arrays("zoo_hint")
+    for s, t, loss, grad in (
+        (student, teacher, zoo.outputs["loss"], zoo.outputs["grad_fm_s"]),
+        (seeds["in_s1"], seeds["t1"], seeds["loss"], seeds["grad_s1"]),
+    ):
+        ours, theirs = Output(maps=(s.requires_grad_(),)), Output(maps=(t,))
+        term = TERMS["fitnet"](embedding=False, connector="none")
+        term.build(ours, theirs, 2)
+        value = term(ours, theirs, BATCH)
+        value.backward()
+        assert not list(term.parameters())
+        assert_close(value, loss)
+        assert_close(s.grad, grad)
+
+
+def test_fitnet_without_connector_refuses_other_shapes_before_training():
+    same = network((4, 4, 6, 8), (8, 8, 4, 2), 5, seed=3)
+    term = TERMS["fitnet"](connector="none")
+    term.build(STUDENT, same, 3)
+    expected = sum(fitnet(s, t) for s, t in zip(STUDENT.maps[1:], same.maps[1:], strict=True))
+    assert torch.allclose(term(STUDENT, same, BATCH), expected + fitnet(STUDENT.embedding, same.embedding))
+    with pytest.raises(UserError, match="has 5 where the teacher has 7: choose connector=linear"):
+        term.build(STUDENT, same._replace(embedding=TEACHER.embedding), 3)
+    with pytest.raises(UserError, match="has 8x2x2 where the teacher has 8x4x4"):
+        term.build(STUDENT, same._replace(maps=(*same.maps[:3], maps(2, 8, 4, 4))), 3)
+    with pytest.raises(UserError, match="did you mean 'regressor'"):
+        TERMS["fitnet"](connector="regresor")
+
+
+def test_fitnet_regressor_reaches_the_teachers_grid():
+    torch.manual_seed(0)
+    student = network((4, 4, 6, 8), (8, 8, 4, 2), 5)
+    teacher = network((4, 8, 12, 16), (8, 4, 8, 1), 7, seed=9)
+    term = TERMS["fitnet"](connector="regressor")
+    term.build(student, teacher, 3)
+    kernels = [tuple(p.shape) for p in term.parameters() if p.ndim == 4]
+    assert kernels == [(8, 4, 3, 3), (6, 12, 4, 4), (16, 8, 3, 3)]
+    assert list(term.connectors[-1].parameters())[0].shape == (7, 5)
+    loss = term(student, teacher, BATCH)
+    loss.backward()
+    assert all(p.grad.isfinite().all() for p in term.parameters())
+    parts = [
+        fitnet(layer(s), t)
+        for layer, s, t in zip(term.connectors[:-1], student.maps[1:], teacher.maps[1:], strict=True)
+    ]
+    assert torch.allclose(loss, sum(parts) + fitnet(term.connectors[-1](student.embedding), teacher.embedding))
+    with pytest.raises(UserError, match="no regressor leads from a grid of 2x2 to one of 3x3"):
+        TERMS["fitnet"](connector="regressor", layers="3").build(
+            student, teacher._replace(maps=(*teacher.maps[:3], maps(2, 16, 3, 3))), 3
+        )
