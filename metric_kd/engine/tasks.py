@@ -71,6 +71,12 @@ class Solo(nn.Module):
 
         labels: (M,) of all training images, for terms that remember them.
         """
+        for name, term in self.objective.terms.items():
+            if example.teacher_images is not None and getattr(term, "same_images", False):
+                raise UserError(
+                    f"loss {name!r} compares the networks pixel by pixel, but the teacher sees images of another size; "
+                    "give both the same --input_size."
+                )
         wanted, taught = self.objective.all_needs
         mode = self.student.training
         self.student.eval()
@@ -78,10 +84,12 @@ class Solo(nn.Module):
             student = self.student(example.images, want=wanted)
             teacher = self._teach(example, taught)
             if self.teacher is not None and teacher is not None:
+                scale = self.teacher.pixel_scale.to(example.images.device)
+                bgr = self.teacher.spec.pixels is not None and self.teacher.spec.pixels.bgr
                 self._pair = Pair(
                     Viewed(self.student, self.precision),
                     Viewed(self.teacher, self.precision),
-                    self.teacher.pixel_scale.to(example.images.device),
+                    scale.flip(1) if bgr else scale,
                     (example.labels if labels is None else labels).to(example.images.device),
                     num_classes,
                     student,

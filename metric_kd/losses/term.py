@@ -46,6 +46,8 @@ class Term(nn.Module):
     paper: ClassVar[str] = ""
     acts_in_main: ClassVar[bool] = True
     """False for a term that only acts in its own stages."""
+    same_images: ClassVar[bool] = False
+    """True for a term that compares the networks pixel by pixel, so that both must see the same images."""
     one_process: ClassVar[bool] = False
     """True for a term whose state depends on every image that was seen, so that several processes would differ."""
     learning_rate: float | None = None

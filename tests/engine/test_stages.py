@@ -128,7 +128,7 @@ def test_losses_with_a_stage_need_a_main_stage(classifier, image_folder, tmp_pat
     with pytest.raises(UserError, match="add a loss for the main stage"):
         distill([*flags, "--loss", "ab:10"])
     with pytest.raises(UserError, match="schedules of bss leave no loss"):
-        distill([*flags, "--loss", "bss:2"])
+        distill([*flags, "--epochs", "10", "--loss", "bss:2"])
     assert not (tmp_path / "run").exists()
 
 
