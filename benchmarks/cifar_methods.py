@@ -6,11 +6,11 @@
 
 DIR holds CIFAR-100 (pickles, or ``train/<class>/*.png`` and ``test/<class>/*.png``); the first 50 classes are used, or
 ``--classes``. A resnet20 teacher is trained once (``--teacher FILE`` keeps it); the student is a resnet8 of half the
-width, both with a strided stem, which makes all maps half as wide. Every arm of a seed starts from the same weights and sees the same batches in its main stage; methods with a stage
-of their own take more steps, which the table shows. Two arms without a teacher stand beside the methods: cross entropy
-for the same number of steps, and for twice as many, a control that computes more than most methods do (``--cost`` prints
-how much more each costs). Weights are the Zoo's, tuned for 200 epochs of another pair: the table says that each method
-trains and what it gave here, not which is best.
+width, both with a strided stem, which halves the sides of all maps. Every arm of a seed starts from the same weights and
+sees the same batches in its main stage; methods with a stage of their own take more steps, which the table shows. Two
+arms without a teacher stand beside the methods: cross entropy for the same number of steps, and for twice as many, a
+control whose processor time stands beside that of each method. Weights are the Zoo's, tuned for 200 epochs of another
+pair: the table says that each method trains and what it gave here, not which is best.
 
 ``--cost`` times one training step of each method against one of ``st`` in alternation, in one process per method, and
 gives the memory that a step takes at most beyond what lies there before it.
@@ -37,9 +37,10 @@ from metric_kd.data.batches import ShuffledBatches
 from metric_kd.data.records import hold_out_images
 from metric_kd.engine.checkpoint import restore_network, write_checkpoint
 from metric_kd.engine.memory import peak_memory, reset_peak_memory
+from metric_kd.engine.mutual import Mutual
 from metric_kd.engine.optimisation import Settings
 from metric_kd.engine.run_directory import RunDirectory
-from metric_kd.engine.tasks import Mutual, Solo
+from metric_kd.engine.tasks import Solo
 from metric_kd.engine.trainer import Trainer
 from metric_kd.evaluation.classification import evaluate_classification
 from metric_kd.losses.objective import Objective, parse_loss
@@ -194,7 +195,7 @@ def cost_of(bench: Bench, teacher: Network, name: str, rounds: int = 12) -> dict
         losses = [CROSS_ENTROPY, METHODS[method]] if method in METHODS else [CROSS_ENTROPY]
         task = bench.task(losses, 0, teacher if method in METHODS else None)
         trainer = bench.trainer(task, 0, EPOCHS, folder)
-        trainer._enter_stage(len(trainer.stages) - 1)
+        trainer.enter_stage(len(trainer.stages) - 1)
         if name == "bss":
             trainer.epoch = EPOCHS // 4  # it rests in the first epochs
         return trainer
@@ -222,7 +223,9 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--data", required=True)
     parser.add_argument("--methods", nargs="*", default=list(METHODS), help="names, or losses written out: st:1")
-    parser.add_argument("--held_out", action="store_true", help="measure on a tenth of the training images, to choose by")
+    parser.add_argument(
+        "--held_out", action="store_true", help="measure on a tenth of the training images, to choose by"
+    )
     parser.add_argument("--seeds", type=int, default=3)
     parser.add_argument("--steps", type=int, default=500)
     parser.add_argument("--classes", type=int, default=50)

@@ -122,6 +122,10 @@ NETWORK_FIELDS = ("base", "embedding_size", "l2normalize", "input_size")
 """What describes a network; with the prefix teacher_ the teacher."""
 
 
+def is_evaluation(config: RunConfig) -> bool:
+    return isinstance(config, TrainConfig) and config.mode == "eval"
+
+
 def to_dict(config: RunConfig) -> dict[str, Any]:
     """Plain values, as config.yaml stores them: what repeats the run, without what says how this start treats it."""
     return {key: value for key, value in asdict(config).items() if key not in ("resume", "dry_run")}

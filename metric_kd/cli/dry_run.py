@@ -12,6 +12,7 @@ from metric_kd.cli.config import default_save_dir, to_dict
 from metric_kd.cli.parse import parse
 from metric_kd.cli.session import Session, build, checked, make_batches, make_settings, make_task
 from metric_kd.engine.memory import peak_memory, reset_peak_memory
+from metric_kd.engine.optimisation import stage_settings
 from metric_kd.engine.run_directory import RunDirectory
 from metric_kd.engine.trainer import Trainer
 from metric_kd.errors import UserError
@@ -77,6 +78,7 @@ def _measured(session: Session) -> str:
     order = batches.epoch(1)
     settings = make_settings(session.config, len(order))
     trainer = Trainer(task, settings, RunDirectory("."), session.train, batches, session.device)
+    trainer.enter_stage(len(trainer.stages) - 1)
     batch = next(iter(session.train.train(order[:1], 1))).to(session.device)
     before = reset_peak_memory()
     started = time.perf_counter()
@@ -86,7 +88,9 @@ def _measured(session: Session) -> str:
     step = f", {(peak - before) / MIB:.0f} MiB of it for the step" if before is not None else ""
     if session.device.type == "cuda":
         step += f", {torch.cuda.max_memory_allocated(session.device) / MIB:.0f} MiB on the device"
+    before = [f"{stage.name} {stage_settings(settings, stage).epochs}" for _, stage in task.stages()]
+    stages = f"epochs of stages before: {', '.join(before)}\n" if before else ""
     return (
-        f"losses: {', '.join(session.config.loss or [])} ({text})\n"
+        f"{stages}losses: {', '.join(session.config.loss or [])} ({text})\n"
         f"one step: {seconds:.2f} s (the first; later ones are faster), peak memory {peak / MIB:.0f} MiB of the process{step}"
     )

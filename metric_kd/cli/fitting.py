@@ -14,7 +14,7 @@ from metric_kd.engine.checkpoint import read_checkpoint, write_text
 from metric_kd.engine.logging import TensorBoard
 from metric_kd.engine.reproducibility import weights_digest
 from metric_kd.engine.run_directory import RunDirectory
-from metric_kd.engine.tasks import Mutual, Solo
+from metric_kd.engine.tasks import Task
 from metric_kd.engine.trainer import BatchSampler, Trainer
 from metric_kd.errors import UserError
 from metric_kd.evaluation.search import backend
@@ -52,7 +52,7 @@ def fit(command: str, parsed: Parsed) -> dict[str, float]:
 
 
 def _fit(
-    session: Session, run: RunDirectory, task: Solo | Mutual, batches: BatchSampler, config: dict[str, Any]
+    session: Session, run: RunDirectory, task: Task, batches: BatchSampler, config: dict[str, Any]
 ) -> dict[str, float]:
     loader, prefix = (session.test, "") if session.validation is None else (session.validation, "val_")
     first = next(iter(session.goal.keys(session.config)))

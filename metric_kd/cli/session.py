@@ -7,27 +7,28 @@ from typing import Any
 import torch
 
 from metric_kd import distributed
-from metric_kd.cli.config import NETWORK_FIELDS, DistillConfig, RunConfig, TrainConfig
-from metric_kd.cli.goals import Goal, goal_of, load_splits, network_spec
+from metric_kd.cli.config import NETWORK_FIELDS, DistillConfig, RunConfig, is_evaluation
+from metric_kd.cli.goals import Goal, goal_of, load_splits
 from metric_kd.cli.losses import fold, losses_of
+from metric_kd.cli.networks import peers_of, student_of, teacher_of
 from metric_kd.cli.parse import Parsed
 from metric_kd.cli.plugins import load_plugins
 from metric_kd.cli.validate import validate
 from metric_kd.data.loading import ImageLoader
-from metric_kd.data.records import ImageRecords, Splits
+from metric_kd.data.records import Splits
 from metric_kd.data.transforms import Geometry
 from metric_kd.devices import choose_device
-from metric_kd.engine.checkpoint import read_checkpoint, restore_network, write_checkpoint
+from metric_kd.engine.checkpoint import read_checkpoint
+from metric_kd.engine.mutual import Mutual
 from metric_kd.engine.optimisation import Settings, milestone
 from metric_kd.engine.reproducibility import deterministic_algorithms
 from metric_kd.engine.run_directory import RunDirectory
-from metric_kd.engine.tasks import Mutual, Solo
+from metric_kd.engine.tasks import Solo
 from metric_kd.errors import UserError
 from metric_kd.evaluation.classification import default_top
 from metric_kd.losses.objective import LossSpec, Objective, require_provided
-from metric_kd.models import check_base, default_pixels, load_pretrained
-from metric_kd.models.backbone import Pixels
-from metric_kd.models.network import Network, NetworkSpec, build_network, load_weights
+from metric_kd.models import check_base
+from metric_kd.models.network import Network, NetworkSpec
 
 
 @dataclass
@@ -99,10 +100,10 @@ def build(parsed: Parsed) -> Session:
     if not config.top:
         config = replace(config, top=list(default_top(splits.test.num_classes)))
     head = goal_of(config).head(splits.train.num_classes)
-    teacher = _teacher(config, given, head)
+    teacher = teacher_of(config, given, head)
     torch.manual_seed(config.seed)
-    student = _student(config, given, splits.train, head, notes)
-    peers = _peers(config, splits.train, head)
+    student = student_of(config, given, splits.train, head, notes)
+    peers = peers_of(config, splits.train, head)
     train, validation, test = _loaders(config, splits, evaluating)
     for loader in (train, validation, test):
         if loader is not None and loader.skipped:
@@ -116,10 +117,6 @@ def build(parsed: Parsed) -> Session:
     if teacher is not None:
         teacher.to(device).eval().requires_grad_(False)
     return session
-
-
-def is_evaluation(config: RunConfig) -> bool:
-    return isinstance(config, TrainConfig) and config.mode == "eval"
 
 
 def make_task(session: Session) -> Solo | Mutual:
@@ -219,81 +216,6 @@ def _adopt(config: Any, path: str, prefix: str, given: frozenset[str], role: str
     spec = NetworkSpec.from_dict(content["network"])
     stored = {f"{prefix}{field}": getattr(spec, field) for field in NETWORK_FIELDS}
     return replace(config, **{key: value for key, value in stored.items() if key not in given})
-
-
-def _given_fields(config: RunConfig, given: frozenset[str], prefix: str) -> dict[str, Any]:
-    """Fields of the network's spec that the user set, for the check against a checkpoint; its size may differ."""
-    return {
-        field: getattr(config, f"{prefix}{field}")
-        for field in NETWORK_FIELDS
-        if f"{prefix}{field}" in given and field != "input_size"
-    }
-
-
-def _teacher(config: RunConfig, given: frozenset[str], head: dict[str, Any]) -> Network | None:
-    if not isinstance(config, DistillConfig) or config.mutual:
-        return None
-    assert config.teacher_load is not None
-    fallback = network_spec(config, "teacher_", default_pixels(config.teacher_base) or Pixels(), head)
-    return restore_network(config.teacher_load, fallback, _given_fields(config, given, "teacher_"), "teacher")
-
-
-def _student(
-    config: RunConfig, given: frozenset[str], records: ImageRecords, head: dict[str, Any], notes: list[str]
-) -> Network:
-    spec = network_spec(config, "", default_pixels(config.base) or _pixels_of(records), head)
-    if is_evaluation(config):
-        assert config.load is not None
-        return restore_network(config.load, spec, _given_fields(config, given, ""))
-    network = build_network(spec)
-    if config.student_init is not None:
-        notes.append(_start_together(network, Path(config.student_init), config.pretrained))
-    elif config.load is None:
-        notes.append(load_pretrained(network, config.pretrained))
-    else:
-        notes.append(_start_from(network, config.load))
-    return network
-
-
-def _peers(config: RunConfig, records: ImageRecords, head: dict[str, Any]) -> dict[str, Network]:
-    """The networks of --mutual, with the student's head and its size of images."""
-    if not isinstance(config, DistillConfig):
-        return {}
-    peers = {}
-    for k, base in enumerate(config.mutual, start=1):
-        like = replace(config, base=base)
-        peers[f"peer{k}"] = build_network(network_spec(like, "", default_pixels(base) or _pixels_of(records), head))
-        load_pretrained(peers[f"peer{k}"], config.pretrained)
-    return peers
-
-
-def _start_together(network: Network, path: Path, pretrained: str) -> str:
-    """Start from the weights in a file; where there is none yet, write this network's own into it."""
-    if path.exists():
-        load_weights(network, read_checkpoint(path, "start")["model"], strict=True)
-        return f"started from the shared weights {path}"
-    note = load_pretrained(network, pretrained)
-    if distributed.is_main():
-        path.parent.mkdir(parents=True, exist_ok=True)
-        write_checkpoint(path, {"network": network.spec.to_dict(), "model": network.state_dict()})
-    return f"{note}; wrote this start to {path}"
-
-
-def _start_from(network: Network, path: str) -> str:
-    """Load what fits of a checkpoint, and say what did not and what stays random."""
-    weights = read_checkpoint(path)["model"]
-    left = load_weights(network, weights, strict=False)
-    missing = [name for name in network.state_dict() if name not in weights or name in left]
-    parts = [
-        f"{len(names)} tensors {what} ({names[0]}, ...)"
-        for names, what in ((left, "left out"), (missing, "random"))
-        if names
-    ]
-    return ", ".join([f"started from {path}", *parts])
-
-
-def _pixels_of(records: ImageRecords) -> Pixels:
-    return Pixels() if records.mean is None or records.std is None else Pixels(records.mean, records.std)
 
 
 def _loaders(

@@ -6,7 +6,7 @@ from pathlib import Path
 
 import torch
 
-from metric_kd.engine.tasks import Mutual, Solo
+from metric_kd.engine.tasks import Task
 from metric_kd.types import Batch
 
 
@@ -18,7 +18,7 @@ def is_out_of_memory(error: BaseException) -> bool:
     return "out of memory" in text or "can't allocate memory" in text or "DefaultCPUAllocator" in text
 
 
-def batch_that_fits(task: Solo | Mutual, batch: Batch, optimizer: torch.optim.Optimizer) -> str:
+def batch_that_fits(task: Task, batch: Batch, optimizer: torch.optim.Optimizer) -> str:
     """Measure by halving which part of the batch fits, and say so in one sentence."""
     size = len(batch.labels)
     per_class = int((batch.labels == batch.labels[0]).sum())

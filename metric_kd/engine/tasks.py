@@ -12,8 +12,8 @@ from torch import Tensor, nn
 
 from metric_kd.devices import autocast
 from metric_kd.errors import UserError
-from metric_kd.losses.objective import LossSpec, Objective
-from metric_kd.losses.term import TERMS, Pair, PairTerm, Stage, Term
+from metric_kd.losses.objective import Objective
+from metric_kd.losses.term import Pair, Stage
 from metric_kd.models.network import Network
 from metric_kd.types import Batch, Output
 
@@ -34,7 +34,39 @@ class Viewed:
         return output
 
 
-class Solo(nn.Module):
+class Task(nn.Module):
+    """What the trainer asks of a task: ``task(batch)`` gives (loss, {name: value}), and what follows."""
+
+    loss_names: list[str]
+    student: Network
+    """The network that is the result of the run."""
+
+    @property
+    def networks(self) -> dict[str, Network]:
+        """What is trained, by name; "student" is the result of the run."""
+        return {"student": self.student}
+
+    @property
+    def acting(self) -> list[str]:
+        """Names of the losses that act at present."""
+        return self.loss_names
+
+    def stages(self) -> list[tuple[str, Stage]]:
+        """What comes before the main stage."""
+        return []
+
+    def enter(self, stage: tuple[str, Stage] | None) -> None:
+        """Begin one of :meth:`stages`, or with None the main stage."""
+
+    def begin_epoch(self, epoch: int, epochs: int) -> None:
+        """Set what depends on the epoch (from 1) of the main stage."""
+
+    def parameter_groups(self) -> list[ParameterGroup]:
+        """What the present stage trains."""
+        return [ParameterGroup(params=trainable(self.parameters()))]
+
+
+class Solo(Task):
     """Train one student by an objective that may also read a frozen teacher.
 
     The student and the terms' own parts are submodules, so one DDP wrapper and one state dict hold them; the teacher is
@@ -55,11 +87,6 @@ class Solo(nn.Module):
     @property
     def teacher(self) -> Network | None:
         return self._frozen[0]
-
-    @property
-    def networks(self) -> dict[str, Network]:
-        """What is trained, by name; the result of the run is the student."""
-        return {"student": self.student}
 
     @property
     def acting(self) -> list[str]:
@@ -135,152 +162,6 @@ class Solo(nn.Module):
         return output
 
 
-class Mutual(nn.Module):
-    """Train several networks at once, each of which learns from the labels and from the others (deep mutual learning).
-
-    Every term that reads a teacher is evaluated for every ordered pair of networks, the other's output being constant,
-    and averaged over the others; all networks see the same batch, and all losses come from the outputs before the step
-    (the synchronous form). No gradient passes between networks, so the sum of the losses trains each as its own loss
-    would. Zhang et al.: Deep Mutual Learning, 2017, arXiv 1706.00384; there the updates alternate.
-
-    networks: name -> network, the first being the student. Raises ``UserError`` for terms with stages of their own,
-    with a view of both networks, or that differentiate the networks.
-    """
-
-    def __init__(self, networks: dict[str, Network], losses: Sequence[LossSpec], precision: str = "fp32"):
-        super().__init__()
-        if len(networks) < 2:
-            raise UserError("mutual learning needs two networks or more; name a peer, as in --mutual resnet20.")
-        self.peers = nn.ModuleDict(networks)
-        self.precision = precision
-        losses = [loss for loss in losses if loss.weight]
-        for loss in losses:
-            _check_mutual(loss.name, TERMS[loss.name](**loss.options))
-        alone = [loss for loss in losses if not TERMS[loss.name].reads_teacher]
-        between = [loss for loss in losses if TERMS[loss.name].reads_teacher]
-        if not between:
-            raise UserError("the networks learn nothing from each other; add a loss between them, as in --loss dml:1.")
-        others = len(networks) - 1
-        shared = [loss._replace(weight=loss.weight / others) for loss in between]
-        self.between = nn.ModuleDict({f"{k}_from_{j}": Objective(shared) for k in networks for j in networks if j != k})
-        self.alone = nn.ModuleDict({k: Objective(alone) for k in networks} if alone else {})
-        self.loss_names = [f"{k}_{name}" for k in networks for name in self._names(k)]
-
-    @property
-    def networks(self) -> dict[str, Network]:
-        """What is trained, by name; the result of the run is the first."""
-        return {name: network for name, network in self.peers.items() if isinstance(network, Network)}
-
-    @property
-    def student(self) -> Network:
-        return next(iter(self.networks.values()))
-
-    @property
-    def acting(self) -> list[str]:
-        """Names of the losses that act at present."""
-        return self.loss_names
-
-    def build(self, example: Batch, num_classes: int, labels: Tensor | None = None) -> None:
-        """Create the terms' trained parts from the outputs for the images of ``example``."""
-        modes = {name: network.training for name, network in self.networks.items()}
-        self.peers.eval()
-        with torch.no_grad():
-            outputs = self._outputs(example)
-            for k, j, objective in self._taught():
-                objective.build(outputs[k], outputs[j], num_classes)
-            for k, objective in self._untaught():
-                objective.build(outputs[k], None, num_classes)
-        for name, network in self.networks.items():
-            network.train(modes[name])
-
-    def stages(self) -> list[tuple[str, Stage]]:
-        return []
-
-    def enter(self, stage: tuple[str, Stage] | None) -> None:
-        for objective in self._objectives():
-            objective.enter(None)
-
-    def begin_epoch(self, epoch: int, epochs: int) -> None:
-        for objective in self._objectives():
-            objective.begin_epoch(epoch, epochs)
-
-    def parameter_groups(self) -> list[ParameterGroup]:
-        """One group per network, as many independent optimisers would have, and those of the terms."""
-        groups = [ParameterGroup(params=_trained(network.parameters())) for network in self.networks.values()]
-        return [*groups, *(group for group in grouped([], self._objectives()) if group["params"])]
-
-    def forward(self, batch: Batch) -> tuple[Tensor, dict[str, Tensor]]:
-        with autocast(batch.images.device, self.precision):
-            outputs = self._outputs(batch)
-        totals: list[Tensor] = []
-        values: dict[str, Tensor] = {}
-        for k, objective in self._untaught():
-            total, own = objective(outputs[k], None, batch)
-            totals.append(total)
-            values |= {f"{k}_{name}": value for name, value in own.items()}
-        for k, j, objective in self._taught():
-            total, own = objective(outputs[k], detached(outputs[j]), batch)
-            totals.append(total)
-            for name, value in own.items():
-                share = value / (len(self.peers) - 1)
-                values[f"{k}_{name}"] = values[f"{k}_{name}"] + share if f"{k}_{name}" in values else share
-        return torch.stack(totals).sum(), {name: values[name] for name in self.loss_names}
-
-    def _outputs(self, batch: Batch) -> dict[str, Output]:
-        needs = tuple(sorted({need for objective in self._objectives() for need in objective.all_needs[0]}))
-        return {name: network(batch.images, want=needs) for name, network in self.networks.items()}
-
-    def _names(self, k: str) -> list[str]:
-        return list(dict.fromkeys([*_names_of(self.alone, k), *_names_of(self.between, f"{k}_from_{self._other(k)}")]))
-
-    def _other(self, k: str) -> str:
-        return next(name for name in self.peers if name != k)
-
-    def _taught(self) -> list[tuple[str, str, Objective]]:
-        return [
-            (k, j, objective)
-            for k in self.peers
-            for j in self.peers
-            if j != k and isinstance(objective := self.between[f"{k}_from_{j}"], Objective)
-        ]
-
-    def _untaught(self) -> list[tuple[str, Objective]]:
-        return [(k, objective) for k, objective in self.alone.items() if isinstance(objective, Objective)]
-
-    def _objectives(self) -> list[Objective]:
-        return [*(objective for _, objective in self._untaught()), *(objective for _, _, objective in self._taught())]
-
-
-def _names_of(objectives: nn.ModuleDict, key: str) -> list[str]:
-    objective = objectives[key] if key in objectives else None
-    return objective.names if isinstance(objective, Objective) else []
-
-
-def _check_mutual(name: str, term: Term) -> None:
-    if isinstance(term, PairTerm):
-        raise UserError(f"loss {name!r} asks a fixed teacher and cannot teach both ways; leave it out of --mutual.")
-    if term.differentiates or term.stages() or not term.acts_in_main:
-        raise UserError(
-            f"loss {name!r} has stages or gradients of its own and cannot teach both ways; leave it out of --mutual."
-        )
-
-
-def detached(output: Output) -> Output:
-    """The same output as a constant."""
-    return Output(
-        *(
-            tuple(t.detach() for t in field)
-            if isinstance(field, tuple)
-            else {key: t.detach() for key, t in field.items()}
-            if isinstance(field, dict)
-            else None
-            if field is None
-            else field.detach()
-            for field in output
-        )
-    )
-
-
 def with_leaves(batch: Batch) -> Batch:
     """The batch with float32 images of which gradients can be taken."""
     teacher_images = batch.teacher_images
@@ -302,9 +183,9 @@ def grouped(shared: list[nn.Parameter], objectives: Sequence[Objective]) -> list
             if rate is None:
                 shared += parameters
             else:
-                own.append(ParameterGroup(params=_trained(parameters), own_lr=rate))
-    return [ParameterGroup(params=_trained(shared)), *own]
+                own.append(ParameterGroup(params=trainable(parameters), own_lr=rate))
+    return [ParameterGroup(params=trainable(shared)), *own]
 
 
-def _trained(parameters: Any) -> list[nn.Parameter]:
+def trainable(parameters: Any) -> list[nn.Parameter]:
     return [p for p in parameters if p.requires_grad]

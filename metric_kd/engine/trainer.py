@@ -19,7 +19,7 @@ from metric_kd.engine.logging import Observer, RunningLosses, not_finite
 from metric_kd.engine.memory import batch_that_fits, is_out_of_memory
 from metric_kd.engine.optimisation import Settings, learning_rate, make_optimizer, stage_settings
 from metric_kd.engine.run_directory import RunDirectory
-from metric_kd.engine.tasks import Mutual, Solo
+from metric_kd.engine.tasks import Task
 from metric_kd.errors import UserError
 from metric_kd.losses.term import Stage
 from metric_kd.models.network import Network
@@ -44,7 +44,7 @@ class Trainer:
 
     def __init__(
         self,
-        task: Solo | Mutual,
+        task: Task,
         settings: Settings,
         run: RunDirectory,
         loader: ImageLoader,
@@ -63,7 +63,7 @@ class Trainer:
         self.stages: list[tuple[str, Stage] | None] = [*task.stages(), None]
         self.losses = RunningLosses(task.loss_names, device)
         self.step = 0
-        self._enter_stage(0)
+        self.enter_stage(0)
         self.best: dict[str, dict[str, Any]] = {}
         self.seconds = 0.0
         self.environment = reproducibility.environment(device)
@@ -71,7 +71,7 @@ class Trainer:
         self.stop = StopRequest()
         self._saved_at = time.monotonic()
 
-    def _enter_stage(self, stage: int) -> None:
+    def enter_stage(self, stage: int) -> None:
         """Begin a stage (the last one is the main stage) with its own settings and a fresh optimiser."""
         self.stage, self.epoch, self.iteration = stage, 1, 0
         entered = self.stages[stage]
@@ -79,7 +79,7 @@ class Trainer:
         self.task.enter(entered)
         self.optimizer = make_optimizer(self.settings, self.task.parameter_groups())
         self.scaler = torch.amp.GradScaler(self.device.type, enabled=self.settings.precision == "fp16")
-        self.module: nn.Module = self.task
+        self.module = self.task
 
     @property
     def stage_name(self) -> str | None:
@@ -102,7 +102,7 @@ class Trainer:
                 self._fit_stage()
                 if self.stage == len(self.stages) - 1:
                     return
-                self._enter_stage(self.stage + 1)
+                self.enter_stage(self.stage + 1)
 
     def _fit_stage(self) -> None:
         self._wrap()
@@ -295,7 +295,7 @@ class Trainer:
                     "the result will not equal that of an undisturbed run bit for bit."
                 )
         position = state["position"]
-        self._enter_stage(position["stage"])
+        self.enter_stage(position["stage"])
         self.task.load_state_dict(state["task"])
         self.optimizer.load_state_dict(state["optimizer"])
         self.scaler.load_state_dict(state["scaler"])

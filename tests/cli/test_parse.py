@@ -210,7 +210,9 @@ def test_another_load_makes_what_a_file_says_of_its_network_no_contradiction(tmp
 
 def test_margins_of_other_losses_are_their_own():
     """--margin and --triplet_margin belong to triplets; a loss that calls something else a margin keeps its default."""
-    losses = fold(parse("distill", ["--loss", "cross_entropy:1", "--loss", "ab:10", "--loss", "l2_triplet:1"]).config).loss
+    losses = fold(
+        parse("distill", ["--loss", "cross_entropy:1", "--loss", "ab:10", "--loss", "l2_triplet:1"]).config
+    ).loss
     assert losses == ["cross_entropy:1", "ab:10", "l2_triplet:1,margin=0.2,sample=distance"]
 
 

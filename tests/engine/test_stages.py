@@ -94,13 +94,13 @@ def test_killed_in_any_stage_and_resumed_gives_the_same_weights(
 def test_a_stage_moves_what_it_trains_and_nothing_else(classifier, image_folder, tmp_path, monkeypatch):
     common = [*SMALL, "--data", str(image_folder), "--teacher_load", str(classifier), "--loss", "cross_entropy:1"]
     seen: dict[str, dict] = {}
-    enter = Trainer._enter_stage
+    enter = Trainer.enter_stage
 
     def noting(self, stage):
         enter(self, stage)
         seen[f"{len(seen)}"] = {key: value.clone() for key, value in self.task.state_dict().items()}
 
-    monkeypatch.setattr(Trainer, "_enter_stage", noting)
+    monkeypatch.setattr(Trainer, "enter_stage", noting)
     distill([*common, "--loss", "ft:200", "--save_dir", str(tmp_path / "ft")])
     before, after = seen["0"], seen["1"]
     moved = {key for key in before if not torch.equal(before[key], after[key])}
@@ -152,8 +152,8 @@ def test_peers_are_killed_resumed_and_kept_each(image_folder, tmp_path, monkeypa
 
 def test_mutual_learning_equals_independent_optimisers():
     """One optimiser over all peers steps as one SGD per peer would, from losses computed before any step."""
+    from metric_kd.engine.mutual import Mutual
     from metric_kd.engine.optimisation import Settings, make_optimizer
-    from metric_kd.engine.tasks import Mutual
     from metric_kd.functional import cross_entropy, dml
     from metric_kd.losses.objective import parse_loss
     from metric_kd.models.network import NetworkSpec, build_network

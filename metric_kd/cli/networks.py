@@ -1,0 +1,89 @@
+"""The networks that a config names: teacher, student and peers, from checkpoints, pretrained or random weights."""
+
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+from metric_kd import distributed
+from metric_kd.cli.config import NETWORK_FIELDS, DistillConfig, RunConfig, is_evaluation
+from metric_kd.cli.goals import network_spec
+from metric_kd.data.records import ImageRecords
+from metric_kd.engine.checkpoint import read_checkpoint, restore_network, write_checkpoint
+from metric_kd.models import default_pixels, load_pretrained
+from metric_kd.models.backbone import Pixels
+from metric_kd.models.network import Network, build_network, load_weights
+
+
+def _given_fields(config: RunConfig, given: frozenset[str], prefix: str) -> dict[str, Any]:
+    """Fields of the network's spec that the user set, for the check against a checkpoint; its size may differ."""
+    return {
+        field: getattr(config, f"{prefix}{field}")
+        for field in NETWORK_FIELDS
+        if f"{prefix}{field}" in given and field != "input_size"
+    }
+
+
+def teacher_of(config: RunConfig, given: frozenset[str], head: dict[str, Any]) -> Network | None:
+    if not isinstance(config, DistillConfig) or config.mutual:
+        return None
+    assert config.teacher_load is not None
+    fallback = network_spec(config, "teacher_", default_pixels(config.teacher_base) or Pixels(), head)
+    return restore_network(config.teacher_load, fallback, _given_fields(config, given, "teacher_"), "teacher")
+
+
+def student_of(
+    config: RunConfig, given: frozenset[str], records: ImageRecords, head: dict[str, Any], notes: list[str]
+) -> Network:
+    spec = network_spec(config, "", default_pixels(config.base) or _pixels_of(records), head)
+    if is_evaluation(config):
+        assert config.load is not None
+        return restore_network(config.load, spec, _given_fields(config, given, ""))
+    network = build_network(spec)
+    if config.student_init is not None:
+        notes.append(_start_together(network, Path(config.student_init), config.pretrained))
+    elif config.load is None:
+        notes.append(load_pretrained(network, config.pretrained))
+    else:
+        notes.append(_start_from(network, config.load))
+    return network
+
+
+def peers_of(config: RunConfig, records: ImageRecords, head: dict[str, Any]) -> dict[str, Network]:
+    """The networks of --mutual, with the student's head and its size of images."""
+    if not isinstance(config, DistillConfig):
+        return {}
+    peers = {}
+    for k, base in enumerate(config.mutual, start=1):
+        like = replace(config, base=base)
+        peers[f"peer{k}"] = build_network(network_spec(like, "", default_pixels(base) or _pixels_of(records), head))
+        load_pretrained(peers[f"peer{k}"], config.pretrained)
+    return peers
+
+
+def _start_together(network: Network, path: Path, pretrained: str) -> str:
+    """Start from the weights in a file; where there is none yet, write this network's own into it."""
+    if path.exists():
+        load_weights(network, read_checkpoint(path, "start")["model"], strict=True)
+        return f"started from the shared weights {path}"
+    note = load_pretrained(network, pretrained)
+    if distributed.is_main():
+        path.parent.mkdir(parents=True, exist_ok=True)
+        write_checkpoint(path, {"network": network.spec.to_dict(), "model": network.state_dict()})
+    return f"{note}; wrote this start to {path}"
+
+
+def _start_from(network: Network, path: str) -> str:
+    """Load what fits of a checkpoint, and say what did not and what stays random."""
+    weights = read_checkpoint(path)["model"]
+    left = load_weights(network, weights, strict=False)
+    missing = [name for name in network.state_dict() if name not in weights or name in left]
+    parts = [
+        f"{len(names)} tensors {what} ({names[0]}, ...)"
+        for names, what in ((left, "left out"), (missing, "random"))
+        if names
+    ]
+    return ", ".join([f"started from {path}", *parts])
+
+
+def _pixels_of(records: ImageRecords) -> Pixels:
+    return Pixels() if records.mean is None or records.std is None else Pixels(records.mean, records.std)
