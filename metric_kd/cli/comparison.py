@@ -28,6 +28,7 @@ from typing import Any
 import yaml
 
 from metric_kd.cli.config import RunConfig, TrainConfig, known_keys
+from metric_kd.cli.goals import goal_of
 from metric_kd.cli.parse import Parsed, parse
 from metric_kd.cli.session import checked
 from metric_kd.engine.optimisation import milestone
@@ -111,6 +112,12 @@ class Comparison:
         return Parsed(replace(config, seed=seed, save_dir=str(folder), student_init=start, select=select), given)
 
 
+def main_metric(config: RunConfig) -> tuple[str, str]:
+    """(key, title) of what rows are compared by: the first K of --recall or --top."""
+    config = replace(config, top=config.top or [1])
+    return next(iter(goal_of(config).keys(config).items()))
+
+
 def read_comparison(path: Path) -> Comparison:
     """The comparison that a file describes, every row's config checked as its own command would check it.
 
@@ -156,7 +163,9 @@ def _seeds(value: Any, key: str) -> list[int]:
     if not numbers or not value or min(value) < 0:
         raise UserError(f"{key} is {value!r}; give a list of whole numbers of 0 or more, as in {key}: [0, 1, 2].")
     if len(set(value)) < len(value):
-        raise UserError(f"{key} names {max(value, key=value.count)} twice; the same seed gives the same run, name it once.")
+        raise UserError(
+            f"{key} names {max(value, key=value.count)} twice; the same seed gives the same run, name it once."
+        )
     return list(value)
 
 

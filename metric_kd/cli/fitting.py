@@ -1,7 +1,7 @@
 """The life of a run: open its directory, resume, fit, evaluate, write the result. Shared by train and distill."""
 
 import json
-from contextlib import nullcontext
+from contextlib import closing, nullcontext
 from typing import Any, NamedTuple
 
 from tqdm import tqdm
@@ -83,9 +83,10 @@ def _fit(
         say(f"training into {run.path}")
     if distributed.is_main():
         run.open(config)
-        board = TensorBoard.if_installed(run.path / "tensorboard", trainer.epoch)
+    board = TensorBoard.if_installed(run.path / "tensorboard", trainer.epoch) if distributed.is_main() else None
+    with nullcontext() if board is None else closing(board):
         trainer.observers = [board] if board is not None else []
-    trainer.fit()
+        trainer.fit()
     return distributed.from_main(_finish(session, run, trainer) if distributed.is_main() else {})
 
 

@@ -11,6 +11,7 @@ COMMANDS = {
     "train": "train an embedding network (run.py)",
     "eval": "Recall@K of a checkpoint on unseen classes",
     "distill": "distil a teacher into a student (run_distill.py)",
+    "compare": "methods, weights and seeds of a YAML file, as one table",
     "embed": "write the embeddings of a folder of images",
     "list": "names of datasets, backbones, samplers, losses or methods",
 }

@@ -35,33 +35,36 @@ def parse(command: str, arguments: Sequence[str], program: str | None = None) ->
     """
     tokens = _explicit_booleans(command, [underscored(token) for token in arguments])
     _check_flags(command, tokens)
-    from_files: dict[str, Any] = {}
-    for name in _values_of(tokens, "--preset"):
-        from_files |= _preset(command, name)
+    files: list[dict[str, Any]] = [_preset(command, name) for name in _values_of(tokens, "--preset")]
     for path in _values_of(tokens, "--config"):
         if not Path(path).is_file():
             raise UserError(f"--config {path} does not exist; check the path.")
-        from_files |= _from_yaml(command, Path(path).read_text(), path)
+        files.append(_from_yaml(command, Path(path).read_text(), path))
+    from_files = _layered(files)
     task = (_values_of(tokens, "--task") or [from_files.get("task")])[-1]
     implied = {} if task != "classification" or _values_of(tokens, "--preset") else _preset(command, "zoo")
     flags = {token[2:].split("=")[0] for token in tokens if token.startswith("--")}
-    if "lr_decay_epochs" in flags | set(
-        from_files
-    ):  # milestones by number replace those by share that came before them
-        implied.pop("lr_decay_at", None)
-    if "lr_decay_epochs" in flags:
-        from_files.pop("lr_decay_at", None)
-    for key in REPEATED:  # repeatable flags replace those of a file, they do not add to them
-        if key in flags:
-            from_files.pop(key, None)
+    values = _layered([implied, from_files, dict.fromkeys(flags)])
+    # What a flag gives need not come from a file as well: repeatable flags replace those of a file, they do not add to them.
+    values = {key: value for key, value in values.items() if key not in flags}
     try:
-        namespace = _parser(command, program).parse_args([*_as_flags(command, {**implied, **from_files}), *tokens])
+        namespace = _parser(command, program).parse_args([*_as_flags(command, values), *tokens])
     except (argparse.ArgumentError, TypeError, ValueError) as error:
         raise UserError(one_sentence(error)) from None
     config = COMMANDS[command](**{key: getattr(namespace, key) for key in known_keys(command)})
     # A file describes the network of its own --load; with another --load, what it says of the network is no contradiction.
     stale = {f"{prefix}{field}" for prefix in ("", "teacher_") if f"{prefix}load" in flags for field in NETWORK_FIELDS}
     return Parsed(config, (flags | (set(from_files) - stale)) & set(known_keys(command)))
+
+
+def _layered(layers: Sequence[dict[str, Any]]) -> dict[str, Any]:
+    """One map, the later layer winning; milestones by number replace those by share that lie below them."""
+    merged: dict[str, Any] = {}
+    for layer in layers:
+        if "lr_decay_epochs" in layer and "lr_decay_at" not in layer:
+            merged.pop("lr_decay_at", None)
+        merged |= layer
+    return merged
 
 
 def _preset(command: str, name: str) -> dict[str, Any]:

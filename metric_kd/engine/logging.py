@@ -86,3 +86,7 @@ class TensorBoard:
             elif isinstance(value, int | float) and key != "epoch":
                 self.writer.add_scalar(f"{stage}{key}", value, record["epoch"])
         self.writer.flush()
+
+    def close(self) -> None:
+        """End the writer's thread."""
+        self.writer.close()

@@ -124,7 +124,30 @@ class Solo(Task):
                     example,
                 )
             self.objective.build(student, teacher, num_classes, self._pair)
+        if self.objective.differentiates:
+            self._try_second_derivatives(example)
         self.student.train(mode)
+
+    def _try_second_derivatives(self, example: Batch) -> None:
+        """Some activations (hardsigmoid in MobileNetV3) have none: refuse them before training."""
+        modes = [(module, module.training) for module in self.modules()]
+        self.eval()
+        try:
+            with torch.enable_grad():
+                total, _ = self(example)
+                torch.autograd.grad(total, trainable(self.student.parameters()), allow_unused=True)
+        except RuntimeError as error:
+            if "derivative for" not in str(error):
+                raise
+            names = ", ".join(key for key, term in self.objective.terms.items() if getattr(term, "differentiates", False))
+            reason = str(error).splitlines()[0].rstrip(".")
+            raise UserError(
+                f"loss {names} takes gradients of gradients, which a layer of {self.student.spec.base} does not have "
+                f"({reason}); choose another student or another loss."
+            ) from error
+        finally:
+            for module, training in modes:
+                module.training = training
 
     def stages(self) -> list[tuple[str, Stage]]:
         return self.objective.stages()

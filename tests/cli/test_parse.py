@@ -249,3 +249,13 @@ def test_a_stage_follows_the_zoos_own_schedule():
     pinned = case("zoo_lr_init", family="zoo").outputs["lr"]
     assert settings.epochs == len(pinned) == 50
     assert [learning_rate(settings, epoch, 0) for epoch in range(1, 51)] == pytest.approx(pinned.tolist())
+
+
+def test_milestones_by_number_win_over_shares_that_lie_below_them(tmp_path):
+    file = tmp_path / "mine.yaml"
+    file.write_text("task: classification\nlr_decay_epochs: [3]\n")
+    for arguments in (["--config", str(file)], ["--preset", "zoo", "--config", str(file)]):
+        config = parse("train", arguments).config
+        assert (config.lr_decay_at, config.lr_decay_epochs) == ([], [3])
+    file.write_text("task: classification\nlr_decay_epochs: [3]\nlr_decay_at: [0.5]\n")
+    assert parse("train", ["--config", str(file)]).config.lr_decay_at == [0.5], "a saved config says both"
