@@ -40,10 +40,16 @@ def class_attention(
 
     maps: (N, C, H, W), from which the logits were computed. form: ``grad_cam``, F = maps (Selvaraju et al.: Grad-CAM,
     2016, arXiv 1610.02391), or ``zoo``, F = G, as in the KD Zoo's code. At least float32. The graph of the logits is kept,
-    for other terms; ``create_graph``: the gradient can be differentiated again.
+    for other terms; ``create_graph``: the gradient can be differentiated again. Raises ``UserError`` for maps that are
+    not on the way to the logits.
     """
     chosen = logits.gather(1, labels[:, None]).sum()
-    (slope,) = torch.autograd.grad(chosen, maps, retain_graph=True, create_graph=create_graph)
+    (slope,) = torch.autograd.grad(chosen, maps, retain_graph=True, create_graph=create_graph, allow_unused=True)
+    if slope is None:
+        raise UserError(
+            "lwm needs maps from which the logits are computed, not copies, as a transformer's are; choose convolutional "
+            "networks or leave lwm out."
+        )
     slope = at_least_float32(slope)
     seen = slope if form == "zoo" else at_least_float32(maps)
     return (slope.mean((2, 3), keepdim=True) * seen).sum(1).relu()
