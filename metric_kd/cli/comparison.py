@@ -255,7 +255,7 @@ def _parsed(values: dict[str, Any]) -> Parsed:
     values = dict(values)
     preset = values.pop("preset", None)
     if "lr_decay_epochs" in values:  # else the shares of a preset would win over them
-        values.setdefault("lr_decay_at", [])
+        values.setdefault("lr_decay_at", None)
     with tempfile.NamedTemporaryFile("w", suffix=".yaml") as file:
         yaml.safe_dump(values, file)
         file.flush()

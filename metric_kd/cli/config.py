@@ -43,8 +43,8 @@ class RunConfig:
     lr_decay_epochs: list[int] = flag(
         [25, 30, 35], "epochs, counted from 1, from which on the rate is multiplied by gamma"
     )
-    lr_decay_at: list[float] = flag(
-        [], "the same as shares of --epochs (0.5 0.75): the rate falls after them; replaces --lr_decay_epochs"
+    lr_decay_at: list[float] | None = flag(
+        None, "the same as shares of --epochs (0.5 0.75): the rate falls after them; replaces --lr_decay_epochs"
     )
     lr_decay_gamma: float = flag(0.5, "the factor of --lr_decay_epochs and --lr_decay_at")
     loss: list[str] | None = flag(

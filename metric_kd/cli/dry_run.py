@@ -12,8 +12,8 @@ from metric_kd.cli.config import default_save_dir, to_dict
 from metric_kd.cli.parse import parse
 from metric_kd.cli.session import Session, build, checked, make_batches, make_settings, make_task
 from metric_kd.engine.memory import peak_memory, reset_peak_memory
-from metric_kd.engine.optimisation import stage_settings
 from metric_kd.engine.run_directory import RunDirectory
+from metric_kd.engine.tasks import Task
 from metric_kd.engine.trainer import Trainer
 from metric_kd.errors import UserError
 
@@ -72,25 +72,42 @@ def _one_step(command: str, arguments: list[str]) -> dict[str, Any]:
 
 
 def _measured(session: Session) -> str:
-    """One step as the trainer takes it, and what it cost, in words."""
+    """One step of every stage as the trainer takes it, and what the last and dearest cost, in words."""
     task = make_task(session)
     batches = make_batches(session)
     order = batches.epoch(1)
     settings = make_settings(session.config, len(order))
     trainer = Trainer(task, settings, RunDirectory("."), session.train, batches, session.device)
-    trainer.enter_stage(len(trainer.stages) - 1)
     batch = next(iter(session.train.train(order[:1], 1))).to(session.device)
     before = reset_peak_memory()
-    started = time.perf_counter()
-    values = trainer.trial_step(batch)
-    seconds, peak = time.perf_counter() - started, peak_memory()
-    text = ", ".join(f"{name} {value:.4f}" for name, value in values.items())
+    lines = []
+    for number in range(len(trainer.stages)):
+        trainer.enter_stage(number)
+        if trainer.stage_name is None:
+            trainer.epoch = _busiest_epoch(session.config.epochs, task)
+        started = time.perf_counter()
+        values = trainer.trial_step(batch)
+        seconds = time.perf_counter() - started
+        text = ", ".join(f"{name} {value:.4f}" for name, value in values.items())
+        if trainer.stage_name is not None:
+            epochs = trainer.settings.epochs
+            lines.append(f"stage {trainer.stage_name}, {epochs} epochs before the main stage: {text}, {seconds:.2f} s")
+    peak = peak_memory()
     step = f", {(peak - before) / MIB:.0f} MiB of it for the step" if before is not None else ""
     if session.device.type == "cuda":
         step += f", {torch.cuda.max_memory_allocated(session.device) / MIB:.0f} MiB on the device"
-    before = [f"{stage.name} {stage_settings(settings, stage).epochs}" for _, stage in task.stages()]
-    stages = f"epochs of stages before: {', '.join(before)}\n" if before else ""
-    return (
-        f"{stages}losses: {', '.join(session.config.loss or [])} ({text})\n"
-        f"one step: {seconds:.2f} s (the first; later ones are faster), peak memory {peak / MIB:.0f} MiB of the process{step}"
-    )
+    lines += [
+        f"losses: {', '.join(session.config.loss or [])} ({text})",
+        f"one step: {seconds:.2f} s (the first; later ones are faster), peak memory {peak / MIB:.0f} MiB of the process{step}",
+    ]
+    return "\n".join(lines)
+
+
+def _busiest_epoch(epochs: int, task: Task) -> int:
+    """The first epoch in which most losses act."""
+
+    def acting(epoch: int) -> int:
+        task.begin_epoch(epoch, epochs)
+        return len(task.acting)
+
+    return max(range(1, epochs + 1), key=acting)

@@ -2,12 +2,14 @@
 
 import json
 from contextlib import closing, nullcontext
+from pathlib import Path
 from typing import Any, NamedTuple
 
 from tqdm import tqdm
 
 from metric_kd import distributed
 from metric_kd.cli.config import default_save_dir, to_dict
+from metric_kd.cli.networks import share_start
 from metric_kd.cli.parse import Parsed
 from metric_kd.cli.session import Session, build, checked, make_batches, make_settings, make_task
 from metric_kd.engine.checkpoint import read_checkpoint, write_text
@@ -67,6 +69,7 @@ def _fit(
         select=None if session.config.select == "last" else f"{prefix}{first}",
         eval_every=session.config.eval_every,
         config=config,
+        about={"classes": list(session.train.records.class_names)} if session.config.task == "classification" else None,
     )
     trainer.environment |= {"data": session.train.records.fingerprint()}
     if session.teacher is not None:
@@ -77,13 +80,18 @@ def _fit(
     if trainer.resume():
         where = "" if trainer.stage_name is None else f"stage {trainer.stage_name}, "
         say(f"resuming {run.path} at {where}epoch {trainer.epoch}, step {trainer.iteration} of it")
-        if extended and session.config.schedule == "cosine":
-            say("more epochs than before: the cosine schedule is another one from here on")
+        moving = session.config.schedule == "cosine" or session.config.lr_decay_at or trainer.task.stages()
+        if extended and moving:
+            say("more epochs than before: what follows their number (rate, schedules, stages) is another from here on")
     else:
         say(f"training into {run.path}")
+        if session.config.student_init is not None and distributed.is_main():
+            share = Path(session.config.student_init)
+            if not share.exists():
+                share_start(session.student, share)
     if distributed.is_main():
         run.open(config)
-    board = TensorBoard.if_installed(run.path / "tensorboard", trainer.epoch) if distributed.is_main() else None
+    board = TensorBoard.if_installed(run.path / "tensorboard", trainer.lines) if distributed.is_main() else None
     with nullcontext() if board is None else closing(board):
         trainer.observers = [board] if board is not None else []
         trainer.fit()

@@ -17,12 +17,13 @@ from metric_kd.data import load_dataset
 from metric_kd.data.batches import ClassBalancedBatches, ShuffledBatches
 from metric_kd.data.loading import ImageLoader
 from metric_kd.data.records import ImageRecords, Splits, hold_out_classes, hold_out_images
+from metric_kd.errors import UserError
 from metric_kd.evaluation.classification import check_top, evaluate_classification
 from metric_kd.evaluation.embed import embed
 from metric_kd.evaluation.retrieval import check_ks, evaluate_retrieval, gallery_size
 from metric_kd.losses.objective import LossSpec, option_names
 from metric_kd.models.backbone import Pixels
-from metric_kd.models.network import NetworkSpec
+from metric_kd.models.network import Network, NetworkSpec
 
 Evaluate = Callable[[nn.Module], dict[str, float]]
 
@@ -46,8 +47,8 @@ class Goal(Protocol):
         """Metric -> its name for people; the first is the one to select by."""
         ...
 
-    def check(self, config: RunConfig, records: ImageRecords) -> None:
-        """Refuse metrics that these test images cannot give."""
+    def check(self, config: RunConfig, records: ImageRecords, network: Network) -> None:
+        """Refuse metrics that these test images, or this network, cannot give."""
         ...
 
     def evaluate(self, config: RunConfig, device: torch.device, loader: ImageLoader, prefix: str = "") -> Evaluate:
@@ -80,7 +81,7 @@ class Retrieval:
     def keys(self, config: RunConfig) -> dict[str, str]:
         return {f"recall@{k}": f"Recall@{k}" for k in config.recall}
 
-    def check(self, config: RunConfig, records: ImageRecords) -> None:
+    def check(self, config: RunConfig, records: ImageRecords, network: Network) -> None:
         check_ks(config.recall, gallery_size(len(records), records.query, records.gallery))
 
     def evaluate(self, config: RunConfig, device: torch.device, loader: ImageLoader, prefix: str = "") -> Evaluate:
@@ -120,19 +121,26 @@ class Classification:
     def keys(self, config: RunConfig) -> dict[str, str]:
         return {f"top{k}": f"Top-{k} accuracy" for k in config.top}
 
-    def check(self, config: RunConfig, records: ImageRecords) -> None:
+    def check(self, config: RunConfig, records: ImageRecords, network: Network) -> None:
+        if network.spec.num_classes is None:
+            raise UserError("the network is no classifier; evaluate it without --task classification.")
+        if network.spec.num_classes != records.num_classes:
+            raise UserError(
+                f"the network tells {network.spec.num_classes} classes apart and the data has {records.num_classes}; "
+                "give the data it was trained on (--dataset, --train_classes, --labels)."
+            )
         check_top(config.top, records.num_classes)
 
     def evaluate(self, config: RunConfig, device: torch.device, loader: ImageLoader, prefix: str = "") -> Evaluate:
         def measure(network: nn.Module) -> dict[str, float]:
             metrics = evaluate_classification(
                 network,
-                loader.test(max(config.batch, 256)),
+                loader.test(config.batch),
                 device=device,
                 precision=config.precision,
                 ks=config.top,
                 progress="evaluating",
-                total=-(-len(loader.records) // max(config.batch, 256)),
+                total=-(-len(loader.records) // config.batch),
             )
             return {f"{prefix}{key}": value for key, value in metrics.items()}
 

@@ -23,14 +23,16 @@ def fold(config: RunConfig) -> RunConfig:
         return replace(config, loss=[str(_with_defaults(loss, defaults)) for loss in losses])
     assert isinstance(config, DistillConfig)
     losses += [loss for loss in _from_ratios(config) if loss.weight != 0]
-    if config.mutual and not any(TERMS[loss.name].reads_teacher for loss in losses):
-        if not losses and config.task == "classification":
-            losses.append(_on_logits(parse_loss("cross_entropy"), config))
-        losses.append(parse_loss("dml"))
+    if config.mutual:
+        if config.task == "classification" and all(TERMS[loss.name].reads_teacher for loss in losses):
+            losses.insert(0, _on_logits(parse_loss("cross_entropy"), config))
+        if not any(TERMS[loss.name].reads_teacher for loss in losses):
+            losses.append(parse_loss("dml"))
     if not any(loss.weight for loss in losses):
-        raise UserError(
-            "nothing to learn from: give --dist_ratio 1 --angle_ratio 2, or any --loss name:weight (`metric-kd list methods`)."
-        )
+        usual = "--dist_ratio 1 --angle_ratio 2"
+        if config.task == "classification":
+            usual = "--loss cross_entropy:1 --loss st:0.1"
+        raise UserError(f"nothing to learn from: give {usual}, or any --loss name:weight (`metric-kd list methods`).")
     folded = dict.fromkeys(
         ("triplet_ratio", "dist_ratio", "angle_ratio", "dark_ratio", "at_ratio", "fitnet_ratio"), 0.0
     )

@@ -8,8 +8,8 @@ from collections.abc import Callable, Sequence
 from metric_kd.errors import UserError, one_of
 
 COMMANDS = {
-    "train": "train an embedding network (run.py)",
-    "eval": "Recall@K of a checkpoint on unseen classes",
+    "train": "train a network (run.py)",
+    "eval": "what a checkpoint achieves on the test images",
     "distill": "distil a teacher into a student (run_distill.py)",
     "compare": "methods, weights and seeds of a YAML file, as one table",
     "embed": "write the embeddings of a folder of images",

@@ -1,14 +1,15 @@
 """The networks that a config names: teacher, student and peers, from checkpoints, pretrained or random weights."""
 
+import os
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from metric_kd import distributed
 from metric_kd.cli.config import NETWORK_FIELDS, DistillConfig, RunConfig, is_evaluation
 from metric_kd.cli.goals import network_spec
 from metric_kd.data.records import ImageRecords
 from metric_kd.engine.checkpoint import read_checkpoint, restore_network, write_checkpoint
+from metric_kd.errors import UserError
 from metric_kd.models import default_pixels, load_pretrained
 from metric_kd.models.backbone import Pixels
 from metric_kd.models.network import Network, build_network, load_weights
@@ -40,7 +41,7 @@ def student_of(
         return restore_network(config.load, spec, _given_fields(config, given, ""))
     network = build_network(spec)
     if config.student_init is not None:
-        notes.append(_start_together(network, Path(config.student_init), config.pretrained))
+        notes.append(_start_together(network, config.student_init, config.pretrained))
     elif config.load is None:
         notes.append(load_pretrained(network, config.pretrained))
     else:
@@ -60,16 +61,28 @@ def peers_of(config: RunConfig, records: ImageRecords, head: dict[str, Any]) -> 
     return peers
 
 
-def _start_together(network: Network, path: Path, pretrained: str) -> str:
-    """Start from the weights in a file; where there is none yet, write this network's own into it."""
-    if path.exists():
+def _start_together(network: Network, path: str, pretrained: str) -> str:
+    """Start from the weights in a file, if it is there; see :func:`share_start`."""
+    if not Path(path).exists():
+        return f"{load_pretrained(network, pretrained)}; {path} will hold this start"
+    try:
         load_weights(network, read_checkpoint(path, "start")["model"], strict=True)
-        return f"started from the shared weights {path}"
-    note = load_pretrained(network, pretrained)
-    if distributed.is_main():
-        path.parent.mkdir(parents=True, exist_ok=True)
-        write_checkpoint(path, {"network": network.spec.to_dict(), "model": network.state_dict()})
-    return f"{note}; wrote this start to {path}"
+    except UserError as error:
+        raise UserError(f"--student_init {path} does not fit --base {network.spec.base}: {error}") from error
+    return f"started from the shared weights {path}"
+
+
+def share_start(network: Network, path: Path) -> None:
+    """Write a network's weights to ``path``; where another run was faster, start from what it wrote."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    own = path.with_name(f".{path.name}.{os.getpid()}")
+    try:
+        write_checkpoint(own, {"network": network.spec.to_dict(), "model": network.state_dict()})
+        os.link(own, path)  # unlike a rename, this fails where the file exists
+    except FileExistsError:
+        load_weights(network, read_checkpoint(path, "start")["model"], strict=True)
+    finally:
+        own.unlink(missing_ok=True)
 
 
 def _start_from(network: Network, path: str) -> str:

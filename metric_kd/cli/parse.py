@@ -49,6 +49,8 @@ def parse(command: str, arguments: Sequence[str], program: str | None = None) ->
     values = {key: value for key, value in values.items() if key not in flags}
     try:
         namespace = _parser(command, program).parse_args([*_as_flags(command, values), *tokens])
+    except UserError:
+        raise
     except (argparse.ArgumentError, TypeError, ValueError) as error:
         raise UserError(one_sentence(error)) from None
     config = COMMANDS[command](**{key: getattr(namespace, key) for key in known_keys(command)})
@@ -176,7 +178,7 @@ def _parser(command: str, program: str | None) -> Any:
         options: dict[str, Any] = {"default": default, "help": key.metadata["help"]}
         if key.name in REPEATED:
             parser.add_argument(f"--{key.name}", type=str, action="append", **options)
-        elif key.type in (list[int], list[float]):
+        elif key.type in (list[int], list[float] | None):
             kind_of_entry = int if key.type == list[int] else float
             parser.add_argument(f"--{key.name}", type=kind_of_entry, nargs="*", **options)
         else:

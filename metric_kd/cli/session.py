@@ -104,19 +104,49 @@ def build(parsed: Parsed) -> Session:
     torch.manual_seed(config.seed)
     student = student_of(config, given, splits.train, head, notes)
     peers = peers_of(config, splits.train, head)
+    goal_of(config).check(config, splits.test, student)
+    if not evaluating:
+        _check_losses(config, splits.train.class_names, student, teacher, peers)
     train, validation, test = _loaders(config, splits, evaluating)
     for loader in (train, validation, test):
         if loader is not None and loader.skipped:
             notes.append(f"skipped {len(loader.skipped)} unreadable images, the first {loader.skipped[0]}")
     for loader in (test, validation):
         if loader is not None:
-            goal_of(config).check(config, loader.records)
+            goal_of(config).check(config, loader.records, student)
     session = Session(config, device, train, test, validation, student.to(device), teacher, notes, peers)
     for network in peers.values():
         network.to(device)
     if teacher is not None:
         teacher.to(device).eval().requires_grad_(False)
     return session
+
+
+def _check_losses(
+    config: RunConfig, classes: tuple[str, ...], student: Network, teacher: Network | None, peers: dict[str, Network]
+) -> None:
+    """Refuse losses that read what the networks do not give, or logits of different classes."""
+    objective = Objective(losses_of(config))
+    for name, network in {"student": student, **peers}.items():
+        require_provided(name, network.provides, objective)
+    if teacher is None:
+        return
+    require_provided("teacher", teacher.provides, objective, teacher=True)
+    if "logits" not in objective.all_needs[1]:
+        return
+    assert isinstance(config, DistillConfig) and config.teacher_load is not None
+    ours, theirs = student.spec.num_classes, teacher.spec.num_classes
+    taught = read_checkpoint(config.teacher_load, "teacher").get("classes", list(classes))
+    if ours != theirs or taught != list(classes):
+        what = (
+            f"{theirs} classes apart and the student {ours}"
+            if ours != theirs
+            else "other classes apart than the student"
+        )
+        raise UserError(
+            f"the teacher tells {what}, so their logits cannot be compared; "
+            "train both on the same classes (--train_classes, --labels) or choose losses that read no logits."
+        )
 
 
 def make_task(session: Session) -> Solo | Mutual:
@@ -126,40 +156,18 @@ def make_task(session: Session) -> Solo | Mutual:
     task: Solo | Mutual
     if session.peers:
         task = Mutual({"student": session.student, **session.peers}, losses, config.precision)
-        for name, network in task.networks.items():
-            require_provided(name, network.provides, Objective(losses).all_needs[0], losses)
     else:
         objective = Objective(losses)
-        students, teachers = objective.all_needs
-        require_provided("student", session.student.provides, students, losses)
-        if session.teacher is not None:
-            require_provided("teacher", session.teacher.provides, teachers, losses)
-            _check_logits(session, teachers)
+        for key, term in objective.items():
+            if distributed.world_size() > 1 and term.one_process:
+                raise UserError(f"loss {key!r} remembers every image in one process; run it without torchrun.")
         task = Solo(session.student, session.teacher, objective, config.precision)
-        if distributed.world_size() > 1 and any(term.one_process for term in objective.terms.values()):
-            raise UserError("crd remembers every image in one process; run it without torchrun, or leave it out.")
     records = session.train.records
     task = task.to(session.device)
-    try:
-        task.build(session.train.example(2).to(session.device), records.num_classes, torch.from_numpy(records.labels))
-    except RuntimeError as error:
-        reason = str(error).splitlines()[0]
-        raise UserError(
-            f"{config.base} cannot embed images of {config.input_size} px ({reason}); change --input_size."
-        ) from error
+    task.build(session.train.example(2).to(session.device), records.num_classes, torch.from_numpy(records.labels))
     for epoch in range(1, config.epochs + 1):
         task.begin_epoch(epoch, config.epochs)
     return task.to(session.device)
-
-
-def _check_logits(session: Session, teachers: tuple[str, ...]) -> None:
-    assert session.teacher is not None
-    ours, theirs = session.student.spec.num_classes, session.teacher.spec.num_classes
-    if "logits" in teachers and ours != theirs:
-        raise UserError(
-            f"the teacher tells {theirs} classes apart and the student {ours}, so their logits cannot be compared; "
-            "train both on the same classes (--train_classes, --labels) or choose losses that read no logits."
-        )
 
 
 def make_batches(session: Session) -> Any:
@@ -169,7 +177,8 @@ def make_batches(session: Session) -> Any:
 
 def make_settings(config: RunConfig, iterations: int) -> Settings:
     """The trainer's settings; ``iterations`` steps make an epoch."""
-    at = [milestone(share, config.epochs) for share in config.lr_decay_at]
+    at = config.lr_decay_at
+    milestones = config.lr_decay_epochs if at is None else [milestone(share, config.epochs) for share in at]
     return Settings(
         epochs=config.epochs,
         iterations=iterations,
@@ -177,7 +186,7 @@ def make_settings(config: RunConfig, iterations: int) -> Settings:
         optimizer=config.optimizer,
         weight_decay=config.weight_decay,
         schedule=config.schedule,
-        lr_decay_epochs=tuple(at or config.lr_decay_epochs),
+        lr_decay_epochs=tuple(milestones),
         lr_decay_gamma=config.lr_decay_gamma,
         warmup=config.warmup,
         clip_norm=config.clip_norm,

@@ -9,7 +9,6 @@ from metric_kd.cli.goals import is_number
 from metric_kd.cli.losses import losses_of
 from metric_kd.data import DATASETS
 from metric_kd.devices import check_device
-from metric_kd.distributed import world_size
 from metric_kd.engine.run_directory import RunDirectory, check_folder
 from metric_kd.errors import UserError
 from metric_kd.losses.objective import Objective, option_names
@@ -45,8 +44,6 @@ def _sizes(config: RunConfig) -> list[str]:
             f"--batch {config.batch} holds fewer than two classes of --num_image_per_class {config.num_image_per_class}; "
             "raise --batch or lower --num_image_per_class."
         )
-    if config.batch % world_size():
-        sentences.append(f"--batch {config.batch} does not divide by {world_size()} processes; choose a multiple.")
     if config.embedding_size < 0:
         sentences.append(f"--embedding_size is {config.embedding_size}; give 0 (the pooled feature) or more.")
     sizes = {"input_size": config.input_size}
@@ -73,7 +70,9 @@ def _schedule(config: RunConfig) -> list[str]:
     for key in ("weight_decay", "warmup", "clip_norm", "save_minutes", "lr_decay_gamma"):
         if getattr(config, key) < 0:
             sentences.append(f"--{key} is {getattr(config, key)}; give 0 or more.")
-    if any(not 0 < share < 1 for share in config.lr_decay_at):
+    if any(epoch < 1 for epoch in config.lr_decay_epochs):
+        sentences.append("--lr_decay_epochs counts epochs from 1; give 1 or more.")
+    if any(not 0 < share < 1 for share in config.lr_decay_at or []):
         sentences.append("--lr_decay_at takes shares of the epochs between 0 and 1, as in --lr_decay_at 0.5 0.75.")
     if config.warmup >= config.epochs:
         sentences.append(f"--warmup {config.warmup} leaves nothing of --epochs {config.epochs}; shorten it.")
@@ -118,6 +117,9 @@ def _losses(config: RunConfig) -> list[str]:
     if isinstance(config, TrainConfig) and config.mode == "eval":
         return []
     sentences = []
+    taught = any(loss.weight and TERMS[loss.name].reads_teacher for loss in losses_of(config))
+    if isinstance(config, DistillConfig) and config.mutual and not taught:
+        sentences.append("the peers learn nothing from each other; add a loss between them, as in --loss dml:1.")
     for loss in losses_of(config):
         if loss.weight and TERMS[loss.name].reads_teacher and not isinstance(config, DistillConfig):
             sentences.append(f"loss {loss.name!r} reads a teacher; use run_distill.py with --teacher_load.")

@@ -120,7 +120,8 @@ class ShuffledBatches:
 
     An epoch is one pass or, with ``iterations``, that many batches: a longer one goes on with another order. With several
     ranks each batch is shared evenly, and the fewer than ``world`` images that are left over at the end of a pass are not
-    used in it. ``drop_last`` leaves a short last batch out.
+    used in it; nor is a last batch of one image per rank, which batch normalisation cannot train on. ``drop_last`` leaves
+    any short last batch out.
     """
 
     def __init__(
@@ -140,7 +141,8 @@ class ShuffledBatches:
         if iterations is not None and iterations < 1:
             raise UserError(f"{iterations} batches per epoch train nothing; give 1 or more.")
         self.count, self.batch, self.seed, self.rank, self.world = count, batch, seed, rank, world
-        self.per_pass = count // batch if drop_last and count >= batch else -(-(count // world * world) // batch)
+        full, rest = divmod(count // world * world, batch)
+        self.per_pass = full + (rest > 0) if full == 0 or (rest // world > 1 and not drop_last) else full
         self.iterations = iterations or self.per_pass
 
     def __len__(self) -> int:

@@ -64,27 +64,29 @@ def not_finite(what: str, step: int, last: Path) -> str:
 
 
 class TensorBoard:
-    """Writes the numbers of every epoch for TensorBoard; made by :meth:`if_installed`."""
+    """Writes the numbers of every epoch, counted over all stages, for TensorBoard; made by :meth:`if_installed`."""
 
-    def __init__(self, writer: Any):
-        self.writer = writer
+    def __init__(self, writer: Any, epochs: int):
+        self.writer, self.epochs = writer, epochs
 
     @classmethod
-    def if_installed(cls, folder: Path, purge_step: int) -> "TensorBoard | None":
+    def if_installed(cls, folder: Path, epochs: int) -> "TensorBoard | None":
+        """``epochs``: how many are finished; what an earlier start wrote of later ones is dropped."""
         try:
             from torch.utils.tensorboard import SummaryWriter
         except ImportError:
             return None
-        return cls(SummaryWriter(str(folder), purge_step=purge_step))
+        return cls(SummaryWriter(str(folder), purge_step=epochs + 1), epochs)
 
     def epoch_end(self, record: dict[str, Any]) -> None:
+        self.epochs += 1
         stage = f"{record['stage']}/" if "stage" in record else ""
         for key, value in record.items():
             if isinstance(value, dict):
                 for name, part in value.items():
-                    self.writer.add_scalar(f"{stage}{key}/{name}", part, record["epoch"])
+                    self.writer.add_scalar(f"{stage}{key}/{name}", part, self.epochs)
             elif isinstance(value, int | float) and key != "epoch":
-                self.writer.add_scalar(f"{stage}{key}", value, record["epoch"])
+                self.writer.add_scalar(f"{stage}{key}", value, self.epochs)
         self.writer.flush()
 
     def close(self) -> None:

@@ -6,7 +6,7 @@ import torch
 from torch import Tensor, nn
 
 from metric_kd.devices import autocast
-from metric_kd.engine.tasks import ParameterGroup, Task, grouped, trainable
+from metric_kd.engine.tasks import ParameterGroup, Task, grouped, outputs_for, trainable
 from metric_kd.errors import UserError
 from metric_kd.losses.objective import LossSpec, Objective
 from metric_kd.losses.term import TERMS, PairTerm, Term
@@ -19,8 +19,9 @@ class Mutual(Task):
 
     Every term that reads a teacher is evaluated for every ordered pair of networks, the other's output being constant,
     and averaged over the others; all networks see the same batch, and all losses come from the outputs before the step
-    (the synchronous form). No gradient passes between networks, so the sum of the losses trains each as its own loss
-    would. Zhang et al.: Deep Mutual Learning, 2017, arXiv 1706.00384; there the updates alternate.
+    (the synchronous form). No gradient passes between networks, so the sum of the losses trains each as its own loss and
+    its own optimiser would; gradients are clipped network by network. Zhang et al.: Deep Mutual Learning, 2017, arXiv
+    1706.00384; there the updates alternate.
 
     networks: name -> network, the first being the student. Raises ``UserError`` for terms with stages of their own,
     with a view of both networks, or that differentiate the networks.
@@ -59,7 +60,7 @@ class Mutual(Task):
         for network in self.networks.values():
             network.eval()
         with torch.no_grad():
-            outputs = self._outputs(example)
+            outputs = {k: outputs_for(network, example.images, self._needs()) for k, network in self.networks.items()}
             for k, j, objective in self._taught():
                 objective.build(outputs[k], outputs[j], num_classes)
             for k, objective in self._untaught():
@@ -94,8 +95,10 @@ class Mutual(Task):
         return torch.stack(totals).sum(), {name: values[name] for name in self.loss_names}
 
     def _outputs(self, batch: Batch) -> dict[str, Output]:
-        needs = tuple(sorted({need for objective in self._objectives() for need in objective.all_needs[0]}))
-        return {name: network(batch.images, want=needs) for name, network in self.networks.items()}
+        return {name: network(batch.images, want=self._needs()) for name, network in self.networks.items()}
+
+    def _needs(self) -> tuple[str, ...]:
+        return tuple(sorted({need for objective in self._objectives() for need in objective.student_needs}))
 
     def _losses(self, k: str) -> list[str]:
         other = next(name for name in self._names if name != k)

@@ -62,8 +62,8 @@ def learning_rate(settings: Settings, epoch: int, iteration: int) -> float:
 
 
 def milestone(share: float, epochs: int) -> int:
-    """The first epoch, counted from 1, after ``share`` of all epochs."""
-    return round(share * epochs) + 1
+    """The first epoch, counted from 1, after ``share`` of all epochs, of which one at least comes before it."""
+    return max(1, round(share * epochs)) + 1
 
 
 def stage_settings(main: Settings, stage: Stage) -> Settings:

@@ -63,7 +63,7 @@ class Task(nn.Module):
 
     def parameter_groups(self) -> list[ParameterGroup]:
         """What the present stage trains."""
-        return [ParameterGroup(params=trainable(self.parameters()))]
+        raise TypeError(f"{type(self).__name__} does not define parameter_groups().")
 
 
 class Solo(Task):
@@ -98,8 +98,8 @@ class Solo(Task):
 
         labels: (M,) of all training images, for terms that remember them.
         """
-        for name, term in self.objective.terms.items():
-            if example.teacher_images is not None and getattr(term, "same_images", False):
+        for name, term in self.objective.items():
+            if example.teacher_images is not None and term.same_images:
                 raise UserError(
                     f"loss {name!r} compares the networks pixel by pixel, but the teacher sees images of another size; "
                     "give both the same --input_size."
@@ -108,7 +108,7 @@ class Solo(Task):
         mode = self.student.training
         self.student.eval()
         with torch.no_grad():
-            student = self.student(example.images, want=wanted)
+            student = outputs_for(self.student, example.images, wanted)
             teacher = self._teach(example, taught)
             if self.teacher is not None and teacher is not None:
                 scale = self.teacher.pixel_scale.to(example.images.device)
@@ -139,7 +139,7 @@ class Solo(Task):
         except RuntimeError as error:
             if "derivative for" not in str(error):
                 raise
-            names = ", ".join(key for key, term in self.objective.terms.items() if getattr(term, "differentiates", False))
+            names = ", ".join(key for key, term in self.objective.items() if term.differentiates)
             reason = str(error).splitlines()[0].rstrip(".")
             raise UserError(
                 f"loss {names} takes gradients of gradients, which a layer of {self.student.spec.base} does not have "
@@ -185,6 +185,18 @@ class Solo(Task):
         return output
 
 
+def outputs_for(network: Network, images: Tensor, want: tuple[str, ...]) -> Output:
+    """What a network says of example images; ``UserError`` where it cannot take them."""
+    try:
+        output: Output = network(images, want=want)
+    except RuntimeError as error:
+        reason = str(error).splitlines()[0]
+        raise UserError(
+            f"{network.spec.base} cannot embed images of {images.shape[-1]} px ({reason}); change --input_size."
+        ) from error
+    return output
+
+
 def with_leaves(batch: Batch) -> Batch:
     """The batch with float32 images of which gradients can be taken."""
     teacher_images = batch.teacher_images
@@ -198,9 +210,8 @@ def grouped(shared: list[nn.Parameter], objectives: Sequence[Objective]) -> list
     """``shared`` and the parts of the acting terms in one group, and one more for each term with a rate of its own."""
     shared, own = list(shared), []
     for objective in objectives:
-        for key, term in objective.terms.items():
-            parameters = list(term.parameters())
-            rate = getattr(term, "learning_rate", None)
+        for key, term in objective.items():
+            parameters, rate = list(term.parameters()), term.learning_rate
             if objective.stage is not None and objective.stage[0] != key:
                 continue
             if rate is None:

@@ -6,7 +6,7 @@ from typing import Any, Protocol
 
 import numpy as np
 import torch
-from torch import nn
+from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 from tqdm import tqdm
 
@@ -39,7 +39,7 @@ class Trainer:
 
     Every stage has a fresh optimiser. evaluate(network) -> metrics is called in the main stage, after every
     ``eval_every``-th epoch and after the last. ``select``: the metric by which best.pth is chosen, or None for the network
-    of the last epoch.
+    of the last epoch. about: plain values that every checkpoint of a network holds as well.
     """
 
     def __init__(
@@ -56,13 +56,15 @@ class Trainer:
         eval_every: int = 1,
         observers: Sequence[Observer] = (),
         config: dict[str, Any] | None = None,
+        about: dict[str, Any] | None = None,
     ):
         self.task, self.main_settings, self.run, self.loader, self.batches = task, settings, run, loader, batches
         self.device, self.evaluate, self.select, self.eval_every = device, evaluate, select, eval_every
-        self.observers, self.config = observers, config or {}
+        self.observers, self.config, self.about = observers, config or {}, about or {}
         self.stages: list[tuple[str, Stage] | None] = [*task.stages(), None]
         self.losses = RunningLosses(task.loss_names, device)
         self.step = 0
+        self.lines = 0  # of metrics.jsonl: finished epochs over all stages
         self.enter_stage(0)
         self.best: dict[str, dict[str, Any]] = {}
         self.seconds = 0.0
@@ -77,6 +79,8 @@ class Trainer:
         entered = self.stages[stage]
         self.settings = self.main_settings if entered is None else stage_settings(self.main_settings, entered[1])
         self.task.enter(entered)
+        for parameter in self.task.parameters():
+            parameter.grad = None  # of the stage before
         self.optimizer = make_optimizer(self.settings, self.task.parameter_groups())
         self.scaler = torch.amp.GradScaler(self.device.type, enabled=self.settings.precision == "fp16")
         self.module = self.task
@@ -86,14 +90,6 @@ class Trainer:
         """Name of the present stage; None in the main one."""
         entered = self.stages[self.stage]
         return None if entered is None else entered[1].name
-
-    @property
-    def epochs_done(self) -> int:
-        """Finished epochs of all stages."""
-        before = [
-            stage_settings(self.main_settings, entered[1]).epochs for entered in self.stages[: self.stage] if entered
-        ]
-        return sum(before) + self.epoch - 1
 
     def fit(self) -> None:
         """Train from the current position to the last epoch of the main stage."""
@@ -174,7 +170,9 @@ class Trainer:
         """One real step whose result nobody keeps: the values of the losses. For a measurement of its cost."""
         self._enter_training()
         self._step(batch)
-        return self.losses.means()
+        means = self.losses.means()
+        self.losses.reset()
+        return {name: means[name] for name in [*self.task.acting, "loss"]}
 
     def _enter_training(self) -> None:
         if self.stage_name is None:
@@ -196,7 +194,8 @@ class Trainer:
     def _clip(self) -> None:
         if self.settings.clip_norm > 0:
             self.scaler.unscale_(self.optimizer)
-            nn.utils.clip_grad_norm_(self.task.parameters(), self.settings.clip_norm)
+            for group in self.optimizer.param_groups:  # of peers each on its own
+                nn.utils.clip_grad_norm_(group["params"], self.settings.clip_norm)
 
     def _close_epoch(self, started: float) -> dict[str, Any]:
         self.losses.check(self.run.last)
@@ -222,6 +221,7 @@ class Trainer:
         record["seconds"] = round(self.seconds + elapsed, 3)
         self.losses.reset()
         self.epoch, self.iteration, self.seconds = self.epoch + 1, 0, 0.0
+        self.lines += 1
         if distributed.is_main():
             self.run.append_metrics(record)
             on_test = self.select is not None and not self.select.startswith("val_")
@@ -242,7 +242,10 @@ class Trainer:
     def _write_best(self, name: str, metrics: dict[str, Any]) -> None:
         if distributed.is_main():
             self._check_finite()
-            write_checkpoint(self.run.best_of(name), {**_network_state(self.task.networks[name]), "metrics": metrics})
+            write_checkpoint(self.run.best_of(name), {**self._state_of(self.task.networks[name]), "metrics": metrics})
+
+    def _state_of(self, network: Network) -> dict[str, Any]:
+        return {"network": network.spec.to_dict(), "model": network.state_dict(), **self.about}
 
     def finish(self, metrics: dict[str, dict[str, float]]) -> None:
         """Write the results (network -> its metrics) where they are the networks of the last epoch."""
@@ -259,7 +262,7 @@ class Trainer:
             write_checkpoint(
                 self.run.last,
                 {
-                    **_network_state(self.task.student),
+                    **self._state_of(self.task.student),
                     "task": {key: value for key, value in self.task.state_dict().items() if value is not None},
                     "optimizer": self.optimizer.state_dict(),
                     "scaler": self.scaler.state_dict(),
@@ -270,6 +273,7 @@ class Trainer:
                         "epoch": self.epoch,
                         "iteration": self.iteration,
                         "step": self.step,
+                        "lines": self.lines,
                     },
                     "seconds": self.seconds + seconds,
                     "best": self.best,
@@ -301,16 +305,19 @@ class Trainer:
         self.scaler.load_state_dict(state["scaler"])
         self.losses.restore(state["losses"])
         self.epoch, self.iteration, self.step = position["epoch"], position["iteration"], position["step"]
+        self.lines = position["lines"]
         self.seconds, self.best = state["seconds"], state["best"]
         if len(state["random"]) == distributed.world_size():
             reproducibility.restore_random_states(state["random"][distributed.rank()])
         if distributed.is_main():
-            self.run.cut_history(self.epochs_done)
+            self.run.cut_history(self.lines)
         return True
 
     def _check_finite(self) -> None:
         """Never save weights that are not finite: the last good checkpoint stays."""
-        state = {name: tensor for name, tensor in self.task.state_dict().items() if tensor.is_floating_point()}
+        state: dict[str, Tensor] = {name: p for name, p in self.task.named_parameters() if p.is_floating_point()}
+        for name, network in self.task.networks.items():
+            state |= {f"{name}.{key}": buffer for key, buffer in network.named_buffers() if buffer.is_floating_point()}
         finite = torch.stack([torch.isfinite(tensor).all() for tensor in state.values()]).tolist()
         for name, good in zip(state, finite, strict=True):
             if not good:
@@ -322,10 +329,6 @@ def freeze_batch_norm(network: nn.Module) -> None:
     for module in network.modules():
         if isinstance(module, nn.modules.batchnorm._BatchNorm):
             module.eval()
-
-
-def _network_state(network: Network) -> dict[str, Any]:
-    return {"network": network.spec.to_dict(), "model": network.state_dict()}
 
 
 def epoch_line(record: dict[str, Any], title: str, epochs: int) -> str:

@@ -57,7 +57,10 @@ def parse_loss(spec: "str | dict[str, Any]") -> LossSpec:
     name = TERMS.canonical(name.strip())
     weight = TERMS[name].default_weight if weight is None else weight
     if not isinstance(weight, int | float) or isinstance(weight, bool) or not math.isfinite(weight):
-        raise UserError(f"the weight of loss {name!r} is {weight!r}; give a finite number, as in {name}:1.")
+        raise UserError(
+            f"the weight of loss {name!r} is {weight!r}; give a finite number, and options after commas, as in "
+            f"{name}:1,option=value."
+        )
     return LossSpec(name, float(weight), {key: _option(name, key, value) for key, value in options.items()})
 
 
@@ -140,7 +143,7 @@ class Objective(nn.Module):
                 "--loss cross_entropy:1."
             )
         self.stage: tuple[str, Stage] | None = None
-        self._main = {key: self.weights[key] for key, term in self._items() if term.acts_in_main}
+        self._main = {key: self.weights[key] for key, term in self.items() if term.acts_in_main}
 
     @property
     def names(self) -> list[str]:
@@ -148,19 +151,19 @@ class Objective(nn.Module):
 
     def stages(self) -> list[tuple[str, Stage]]:
         """(term, stage) of everything that comes before the main stage, in order."""
-        return [(key, stage) for key, term in self._items() for stage in term.stages()]
+        return [(key, stage) for key, term in self.items() for stage in term.stages()]
 
     def enter(self, stage: tuple[str, Stage] | None) -> None:
         """Begin one of :meth:`stages`, or with None the main stage."""
         self.stage = stage
-        for key, term in self._items():
+        for key, term in self.items():
             term.enter(stage[1].name if stage is not None and stage[0] == key else None)
 
     def begin_epoch(self, epoch: int, epochs: int) -> None:
         """Set the weights of an epoch (from 1) of the main stage. Raises ``UserError`` where all are zero."""
         self._main = {
             key: weight
-            for key, term in self._items()
+            for key, term in self.items()
             if term.acts_in_main and (weight := self.weights[key] * term.schedule(epoch, epochs)) != 0
         }
         if not self._main:
@@ -204,7 +207,7 @@ class Objective(nn.Module):
 
     def build(self, student: Output, teacher: Output | None, num_classes: int, pair: Pair | None = None) -> None:
         """Let every term create its trained parts from the outputs for two example images."""
-        for key, term in self._items():
+        for key, term in self.items():
             if isinstance(term, PairTerm):
                 term.build(_the_pair(key, pair))
             else:
@@ -251,11 +254,12 @@ class Objective(nn.Module):
         assert isinstance(term, Term)
         return term
 
-    def _items(self) -> list[tuple[str, Term]]:
+    def items(self) -> list[tuple[str, Term]]:
+        """(name, term) of all terms."""
         return [(key, self._term(key)) for key in self.weights]
 
     def _terms(self) -> list[Term]:
-        return [term for _, term in self._items()]
+        return [term for _, term in self.items()]
 
 
 def _the_pair(key: str, pair: Pair | None) -> Pair:
@@ -264,12 +268,13 @@ def _the_pair(key: str, pair: Pair | None) -> Pair:
     return pair
 
 
-def require_provided(owner: str, provides: frozenset[str], needs: Sequence[str], losses: Sequence[LossSpec]) -> None:
-    """Refuse, in one sentence, a network that cannot give what the terms read."""
-    for need in needs:
-        if need not in provides:
-            askers = [loss.name for loss in losses if loss.weight != 0 and need in TERMS[loss.name].needs]
-            raise UserError(
-                f"loss {askers[0] if askers else '?'!r} reads {need}, which the {owner} does not give "
-                f"(it gives {', '.join(sorted(provides))}); choose another loss or another {owner}."
-            )
+def require_provided(owner: str, provides: frozenset[str], objective: Objective, *, teacher: bool = False) -> None:
+    """Refuse, in one sentence, a network (``teacher``: in that role) that cannot give what the terms read."""
+    for key, term in objective.items():
+        for need in term.needs if term.reads_teacher or not teacher else ():
+            if need not in provides:
+                way_out = "train classifiers with --task classification, or " if need == "logits" else ""
+                raise UserError(
+                    f"loss {key!r} reads {need}, which the {owner} does not give "
+                    f"(it gives {', '.join(sorted(provides))}); {way_out}choose another loss or another {owner}."
+                )

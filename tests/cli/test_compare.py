@@ -276,7 +276,7 @@ def test_rows_share_the_flags_and_the_schedule(content, tmp_path):
     assert (
         alone.loss == ["cross_entropy:1,features=logits"] and alone.margin == 0.7 and alone.sample == st.triplet_sample
     )
-    assert alone.lr_decay_at == st.lr_decay_at == [] and alone.lr_decay_epochs == [2], "what is given beats the preset"
+    assert alone.lr_decay_at is st.lr_decay_at is None and alone.lr_decay_epochs == [2], "what is given beats the preset"
     different = {key for key in known_keys("train") if getattr(alone, key) != getattr(st, key, None)}
     assert different <= {"loss", "save_dir", "mode", "sample", "margin"}
     longer = comparison.control(20).only.config

@@ -221,7 +221,7 @@ def test_a_classification_starts_from_preset_zoo_and_flags_win():
     assert (config.optimizer, config.lr, config.epochs, config.batch) == ("sgd", 0.1, 200, 128)
     assert (config.lr_decay_at, config.weight_decay) == ([0.5, 0.75], 1e-4)
     config = parse("train", ["--task", "classification", "--lr_decay_epochs", "3", "--lr", "0.5"]).config
-    assert (config.lr_decay_at, config.lr_decay_epochs, config.lr) == ([], [3], 0.5)
+    assert (config.lr_decay_at, config.lr_decay_epochs, config.lr) == (None, [3], 0.5)
     assert parse("train", []).config.optimizer == "adam"
 
 
@@ -256,6 +256,6 @@ def test_milestones_by_number_win_over_shares_that_lie_below_them(tmp_path):
     file.write_text("task: classification\nlr_decay_epochs: [3]\n")
     for arguments in (["--config", str(file)], ["--preset", "zoo", "--config", str(file)]):
         config = parse("train", arguments).config
-        assert (config.lr_decay_at, config.lr_decay_epochs) == ([], [3])
+        assert (config.lr_decay_at, config.lr_decay_epochs) == (None, [3])
     file.write_text("task: classification\nlr_decay_epochs: [3]\nlr_decay_at: [0.5]\n")
     assert parse("train", ["--config", str(file)]).config.lr_decay_at == [0.5], "a saved config says both"

@@ -242,3 +242,78 @@ def test_selection_on_held_out_images(image_folder, tmp_path):
     train([*SMALL, "--data", str(image_folder), "--select", "val", "--save_dir", str(tmp_path / "run")])
     assert "selected on held-out training images" in (tmp_path / "run" / "result.txt").read_text()
     assert "val_top1" in lines(tmp_path / "run")[0]
+
+
+def test_a_stage_beside_a_memory(classifier, image_folder, tmp_path):
+    """crd has no constant yet while ab has its stage; that is no number gone wrong."""
+    flags = [*SMALL, "--data", str(image_folder), "--teacher_load", str(classifier), "--loss", "cross_entropy:1"]
+    distill([*flags, "--loss", "ab:10", "--loss", "crd:0.8,negatives=20", "--save_dir", str(tmp_path / "run")])
+
+
+def test_a_last_batch_of_one_image_is_left_out(image_folder, tmp_path):
+    flags = [*SMALL, "--data", str(image_folder), "--base", "resnet18", "--input_size", "32", "--pretrained", "false"]
+    train([*flags, "--batch", "47", "--epochs", "1", "--save_dir", str(tmp_path / "run")])
+    assert lines(tmp_path / "run")[-1]["step"] == 1, "48 images are a batch of 47 and one that is left out"
+
+
+def test_the_shared_start_is_written_by_a_run_and_by_nothing_else(classifier, image_folder, tmp_path):
+    start = tmp_path / "new" / "start.pth"
+    common = [*SMALL, "--data", str(image_folder), "--epochs", "1", "--student_init", str(start)]
+    train([*common, "--save_dir", str(tmp_path / "run"), "--dry_run"])
+    assert not start.exists(), "a trial writes nothing"
+    with pytest.raises(UserError):
+        distill([*common, "--teacher_load", str(classifier), "--loss", "st:1", "--train_classes", "4"])
+    assert not start.parent.exists(), "a refused run writes nothing"
+    train([*common, "--seed", "9", "--save_dir", str(tmp_path / "run")])
+    written = start.read_bytes()
+    train([*common, "--seed", "8", "--save_dir", str(tmp_path / "other")])
+    assert start.read_bytes() == written and [p.name for p in start.parent.iterdir()] == ["start.pth"]
+    start.unlink()
+    train([*common, "--seed", "9", "--epochs", "2", "--save_dir", str(tmp_path / "run")])
+    assert not start.exists(), "a run that goes on has started long ago"
+
+
+def test_history_survives_another_number_of_epochs(classifier, image_folder, tmp_path, monkeypatch):
+    common = [*SMALL, "--data", str(image_folder), "--teacher_load", str(classifier), "--loss", "cross_entropy:1"]
+    common += ["--loss", "ab:10", "--save_dir", str(tmp_path / "run")]
+    with monkeypatch.context() as patch, pytest.raises(Killed):
+        kill_at(3 * (4 + 6) + 2, patch)  # a stage of a quarter of 16 epochs, then in epoch 7
+        distill([*common, "--epochs", "16"])
+    distill([*common, "--epochs", "8"])
+    assert [record["epoch"] for record in lines(tmp_path / "run") if "stage" not in record] == list(range(1, 9))
+
+
+def test_a_stage_leaves_no_gradient_behind(classifier, image_folder, tmp_path, monkeypatch):
+    """Clipped steps would otherwise depend on whether the run was resumed."""
+    common = [*SMALL, "--data", str(image_folder), "--teacher_load", str(classifier), "--clip_norm", "0.5"]
+    common += ["--loss", "cross_entropy:1", "--loss", "ab:10", "--loss", "ft:200"]
+    distill([*common, "--save_dir", str(tmp_path / "whole")])
+    with monkeypatch.context() as patch, pytest.raises(Killed):
+        kill_at(5, patch)
+        distill([*common, "--save_dir", str(tmp_path / "cut")])
+    distill([*common, "--save_dir", str(tmp_path / "cut")])
+    assert lines(tmp_path / "whole") == lines(tmp_path / "cut")
+    whole, cut = weights(tmp_path / "whole"), weights(tmp_path / "cut")
+    assert all(torch.equal(whole[key], cut[key]) for key in whole)
+
+
+def test_a_trial_steps_through_every_stage(classifier, image_folder, tmp_path, capsys):
+    flags = [*SMALL, "--data", str(image_folder), "--teacher_load", str(classifier), "--epochs", "40", "--dry_run"]
+    distill([*flags, "--loss", "cross_entropy:1", "--loss", "ab:10", "--loss", "bss:2", "--save_dir", str(tmp_path / "r")])
+    output = capsys.readouterr().out
+    assert "stage ab, 10 epochs before the main stage: ab " in output
+    assert "(cross_entropy " in output and ", bss " in output and not (tmp_path / "r").exists()
+
+
+def test_a_classifier_is_measured_on_its_own_classes_only(classifier, teacher_run, image_folder, tmp_path):
+    with pytest.raises(UserError, match="tells 8 classes apart and the data has 4"):
+        train(["--mode", "eval", "--load", str(classifier), "--train_classes", "4"])
+    with pytest.raises(UserError, match="no classifier"):
+        train(["--mode", "eval", "--task", "classification", "--load", str(teacher_run)])
+    names = tmp_path / "names.txt"
+    first = [*SMALL, "--epochs", "1", "--data", str(image_folder), "--train_classes", "4"]
+    train([*first, "--save_dir", str(tmp_path / "first")])
+    names.write_text("\n".join(f"class{c:02d}" for c in range(4, 8)))
+    flags = [*SMALL, "--data", str(image_folder), "--train_classes", str(names), "--save_dir", str(tmp_path / "last")]
+    with pytest.raises(UserError, match="other classes apart"):
+        distill([*flags, "--teacher_load", str(tmp_path / "first"), "--loss", "cross_entropy:1", "--loss", "st:1"])
