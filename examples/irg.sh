@@ -17,7 +17,7 @@
 #
 # What differs. The optimiser, its schedule and the weights of the losses were never published: preset zoo stands in
 # (SGD, 200 epochs, batches of 128), with the KD Zoo's weights and those of preset paper of irg. The rows with a
-# ShuffleNet x0.5 for 32-px images as teacher (90.29 and 90.65 on CIFAR-10) are left out: there is no such network here.
+# The rows with ShuffleNet x0.5 as teacher (90.29 and 90.65 on CIFAR-10) are left out: that width is not among the networks here.
 # In the table "L_IRG" is the logits with the graphs of the student's last three stages; "L_MTK" adds transformations.
 set -euo pipefail
 

@@ -75,9 +75,17 @@ def _run_row(comparison: Comparison, row: Row) -> Outcome:
         for seed in comparison.seeds:
             outcome.runs[seed] = _run(row, comparison.final(row, outcome.weight, seed))
     except UserError as error:
-        outcome.failure = str(error)
+        outcome.failure = _advice(row, str(error))
         say(f"{row.name} failed: {error}")
     return outcome
+
+
+def _advice(row: Row, sentence: str) -> str:
+    """A diverged run is not mended by the flags that its own sentence names: all rows share them."""
+    what, diverged, _ = sentence.partition(" was not finite")
+    if not diverged:
+        return sentence
+    return f"{what} was not finite; give {row.name} a smaller weight and remove its folder in save_dir."
 
 
 def _choose(comparison: Comparison, outcome: Outcome) -> None:

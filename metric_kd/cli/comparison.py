@@ -185,7 +185,7 @@ def _common(value: Any) -> dict[str, Any]:
 def _methods(value: Any) -> dict[str, dict[str, Any]]:
     """Row -> {loss, weights, mutual}; every entry has the right shape, its losses are not yet read."""
     if not isinstance(value, dict) or not value:
-        raise UserError('methods is empty; name at least one, as in methods: {st: ["cross_entropy:1", "st:0.1"]}.')
+        raise UserError('methods must be a map of names to losses, as in methods: {st: ["cross_entropy:1", "st:0.1"]}.')
     found = {}
     for name, entry in value.items():
         if not isinstance(name, str) or not re.fullmatch(r"[A-Za-z0-9_+-]+", name):

@@ -274,6 +274,7 @@ def require_provided(owner: str, provides: frozenset[str], objective: Objective,
         for need in term.needs if term.reads_teacher or not teacher else ():
             if need not in provides:
                 way_out = "train classifiers with --task classification, or " if need == "logits" else ""
+                way_out = f"{term.hint}, or " if term.hint else way_out
                 raise UserError(
                     f"loss {key!r} reads {need}, which the {owner} does not give "
                     f"(it gives {', '.join(sorted(provides))}); {way_out}choose another loss or another {owner}."

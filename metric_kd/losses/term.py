@@ -46,6 +46,8 @@ class Term(nn.Module):
     paper: ClassVar[str] = ""
     acts_in_main: ClassVar[bool] = True
     """False for a term that only acts in its own stages."""
+    hint: ClassVar[str] = ""
+    """Options that do without a field that a network cannot give, for the sentence that refuses it."""
     same_images: ClassVar[bool] = False
     """True for a term that compares the networks pixel by pixel, so that both must see the same images."""
     one_process: ClassVar[bool] = False

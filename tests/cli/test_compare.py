@@ -229,7 +229,7 @@ def test_embeddings_and_peers(call, content, teacher_run, image_folder, tmp_path
         ({"common": {"teacher_load": None}}, "names no teacher"),
         ({"common": {"teacher_load": "nowhere.pth"}}, "nowhere.pth does not exist"),
         ({"common": {"data": "nowhere"}}, "nowhere"),
-        ({"methods": {}}, "methods is empty"),
+        ({"methods": {}}, "methods must be a map"),
         ({"methods": {"alone": ["cross_entropy:1"]}}, "choose another name"),
         ({"methods": {"control": ["cross_entropy:1"]}}, "choose another name"),
         ({"methods": {"a/b": ["st:1"]}}, "becomes a folder"),
@@ -276,7 +276,9 @@ def test_rows_share_the_flags_and_the_schedule(content, tmp_path):
     assert (
         alone.loss == ["cross_entropy:1,features=logits"] and alone.margin == 0.7 and alone.sample == st.triplet_sample
     )
-    assert alone.lr_decay_at is st.lr_decay_at is None and alone.lr_decay_epochs == [2], "what is given beats the preset"
+    assert alone.lr_decay_at is st.lr_decay_at is None and alone.lr_decay_epochs == [2], (
+        "what is given beats the preset"
+    )
     different = {key for key in known_keys("train") if getattr(alone, key) != getattr(st, key, None)}
     assert different <= {"loss", "save_dir", "mode", "sample", "margin"}
     longer = comparison.control(20).only.config

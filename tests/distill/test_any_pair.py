@@ -80,12 +80,12 @@ def built(spec, pair, task, precision="fp32"):
     torch.manual_seed(3)
     made: Solo | Mutual
     if losses[0].name == "dml":
-        require_provided("student", student.provides, Objective(losses).all_needs[0], losses)
+        require_provided("student", student.provides, Objective(losses))
         made = Mutual({"student": student, "peer": teacher}, losses, precision)
     else:
         objective = Objective(losses)
-        for owner, network, needs in zip(("student", "teacher"), (student, teacher), objective.all_needs, strict=True):
-            require_provided(owner, network.provides, needs, losses)
+        require_provided("student", student.provides, objective)
+        require_provided("teacher", teacher.provides, objective, teacher=True)
         made = Solo(student, teacher, objective, precision)
     made.build(batch(pair, 0, 1), 4, LABELS)
     return made.train()

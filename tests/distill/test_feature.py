@@ -30,9 +30,10 @@ TEACHER = network((8, 8, 12, 16, 20), (16, 8, 8, 4, 2), 7, seed=9)
 def test_at_golden(name):
     pinned = case(name)
     student, teacher = pinned.inputs.values()
-    loss = at(student.requires_grad_(), teacher, pinned.hyper["p"])
+    eps = 1e-6 if name.startswith("zoo") else 1e-12  # the others clamp the norm, which an eps that small amounts to
+    loss = at(student.requires_grad_(), teacher, pinned.hyper["p"], eps)
     loss.backward()
-    rtol = 1e-9 if name.startswith("zoo") else 1e-7  # the others clamp the norm where ours adds eps
+    rtol = 1e-9
     assert_close(loss, pinned.outputs["loss"], rtol)
     if "grad_fm_s" in pinned.outputs:
         assert_close(student.grad, pinned.outputs["grad_fm_s"], rtol)

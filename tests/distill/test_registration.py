@@ -51,3 +51,10 @@ def test_options_have_annotations_and_defaults():
             for option in list(inspect.signature(TERMS[name].__init__).parameters.values())[1:]:
                 assert option.default is not inspect.Parameter.empty, f"{name}: {option.name} has no default"
                 assert option.annotation is not inspect.Parameter.empty, f"{name}: {option.name} has no annotation"
+
+
+def test_every_method_says_its_default_weight():
+    for name in TERMS:
+        term = TERMS[name]
+        if term.reads_teacher and term.__module__.startswith("metric_kd."):
+            assert f"efault weight {term.default_weight:g}" in " ".join((term.__doc__ or "").split()), name

@@ -35,7 +35,7 @@ class AB(LayerwiseTerm):
     ``layers`` as in ``1/2/3``, the last three by default; the larger grid is averaged down to the smaller one, and a
     student whose width is not the teacher's goes through a trained 1x1 convolution with batch normalisation.
     ``stage_epochs``: length of the own stage, 0 for a quarter of the run; ``in_main``: no own stage, the term stays on
-    beside the others. Default weight and margin: the KD Zoo's. Raises ``UserError`` for a margin below 0.
+    beside the others. Default weight 10 and margin 2: the KD Zoo's. Raises ``UserError`` for a margin below 0.
     """
 
     needs = ("preacts",)

@@ -51,7 +51,7 @@ class AFD(LayerwiseTerm):
     attention = a / sum_c a, a = sigmoid(W2 relu(W1 g + b1) + b2) of g, the teacher's map averaged over positions;
     ``att_factor`` C hidden units. ``layers`` as in ``1/2/3``, the last three by default; the larger grid is averaged
     down to the smaller one, and a student whose width is not the teacher's goes through a trained 1x1 convolution with
-    batch normalisation. Default weight: the KD Zoo's, whose attention this is; its author found the paper's unstable.
+    batch normalisation. Default weight 500: the KD Zoo's, whose attention this is; its author found the paper's unstable.
     The attention is trained by the loss that it weights, and may drift to easy channels. Raises ``UserError`` for an
     eps that is not positive and for an ``att_factor`` that leaves no hidden unit.
     """

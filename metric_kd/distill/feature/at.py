@@ -46,6 +46,8 @@ class AttentionTransfer(Term):
     """:func:`at` over several stages: ``layers`` as in ``2/3/4``, the last three by default.
 
     ``reduction`` is ``mean`` over the stages or ``sum`` (RKD's). Raises ``UserError`` for options out of range.
+
+    Default weight 1000, the KD Zoo's.
     """
 
     needs = ("maps",)

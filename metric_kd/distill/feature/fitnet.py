@@ -79,6 +79,8 @@ class FitNet(Term):
       grid; the embedding as with linear.
     - none: nothing is trained, and shapes must be equal (``UserError``). The KD Zoo's form is
       ``fitnet:0.1,layers=3,embedding=false,connector=none``: weight 0.1, the last stage of a CIFAR network.
+
+    Default weight 1, that of the RKD code for this sum; the KD Zoo has 0.1 on the last stage alone.
     """
 
     needs: ClassVar[tuple[str, ...]] = ("maps", "embedding")

@@ -50,7 +50,7 @@ class FSP(Term):
     Stem to stage 1, 1 to 2, 2 to 3 (of a network with more stages the last four maps); ``layers=0/2/3`` names others.
     A student's map whose width is not the teacher's goes through a trained 1x1 convolution with batch normalisation;
     both pairs of a map share it. ``stage_epochs``: length of the own stage, 0 for a quarter of the run; ``in_main``:
-    no own stage, the term stays on beside the others. Default weight: the KD Zoo's. Raises ``UserError`` for fewer
+    no own stage, the term stays on beside the others. Default weight 1: the KD Zoo's. Raises ``UserError`` for fewer
     than two layers.
     """
 

@@ -98,7 +98,7 @@ class FT(Term):
     the student; from then on it is frozen, its batch normalisation included, and the translator learns with the
     student. Where grids differ the larger factor is averaged down. ``k``: channels of the factor per channel of the
     teacher; ``batch_norm``: in both networks (the KD Zoo has it for CIFAR-10 only); ``stage_epochs``: length of the own
-    stage, 0 for 15 % of the run. Default weight: the Zoo's. Raises ``UserError`` where k leaves no channel.
+    stage, 0 for 15 % of the run. Default weight 200: the Zoo's. Raises ``UserError`` where k leaves no channel.
     """
 
     needs = ("maps",)

@@ -145,6 +145,8 @@ class KDSVD(Term):
 
     Where the channels of a stage differ, the student's go through a trained 1x1 convolution without bias. Raises
     ``UserError`` for fewer than two stages and for a k beyond the rank of a map.
+
+    Default weight 1; neither the paper nor the KD Zoo gives one for this sum.
     """
 
     needs = ("maps",)

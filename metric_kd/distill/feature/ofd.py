@@ -61,7 +61,7 @@ class OFD(LayerwiseTerm):
     """Mean of :func:`ofd` over stages, the margins taken from the batch (:func:`ofd_margin`).
 
     ``layers`` as in ``1/2/3``, the last three by default; the larger grid is averaged down to the smaller one. The
-    student always goes through a trained 1x1 convolution with batch normalisation. Default weight: the KD Zoo's.
+    student always goes through a trained 1x1 convolution with batch normalisation. Default weight 0.5: the KD Zoo's.
     """
 
     needs = ("preacts",)

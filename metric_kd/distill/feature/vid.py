@@ -42,7 +42,7 @@ class VID(LayerwiseTerm):
 
     mean = conv(relu(conv(relu(conv(S))))), 1x1 without bias, from C_s over ``mid_factor`` C_t channels, twice, to C_t;
     variance = softplus(alpha) + ``eps``, ``init_var`` at first. ``layers`` as in ``1/2/3``, the last three by default;
-    the larger grid is averaged down to the smaller one. Default weight: the KD Zoo's. Deviation: no batch
+    the larger grid is averaged down to the smaller one. Default weight 1: the KD Zoo's. Deviation: no batch
     normalisation in the network for the mean (as in the Zoo). Raises ``UserError`` for init_var <= eps, for eps <= 0
     and for a ``mid_factor`` that leaves no channel.
     """

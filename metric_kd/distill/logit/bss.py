@@ -145,6 +145,8 @@ class BSS(PairTerm):
     Deviations from the KD Zoo: it clamps to +-2.5 in normalised units, which is no valid image, and lets attacked images
     into the running statistics. The paper adds the usual KL on the clean images: give ``st`` as well. Raises ``UserError``
     for options out of range, and where the networks see images of two sizes or tell other classes apart.
+
+    Default weight 2, the KD Zoo's.
     """
 
     needs = ("logits",)

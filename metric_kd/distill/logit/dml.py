@@ -23,7 +23,10 @@ def dml(student: Tensor, peer: Tensor) -> Tensor:
 
 @TERMS.register("dml")
 class MutualLearning(Term):
-    """:func:`dml` of the two networks' logits, the peer standing where other methods have the teacher."""
+    """:func:`dml` of the two networks' logits, the peer standing where other methods have the teacher.
+
+    Default weight 1, the paper's and the KD Zoo's.
+    """
 
     needs = ("logits",)
     reads_teacher = True

@@ -43,7 +43,10 @@ def paired_logits(student: Output, teacher: Output | None) -> tuple[Tensor, Tens
 
 @TERMS.register("logits")
 class Logits(Term):
-    """:func:`logits` of the two networks."""
+    """:func:`logits` of the two networks.
+
+    Default weight 0.1, the KD Zoo's.
+    """
 
     needs = ("logits",)
     reads_teacher = True

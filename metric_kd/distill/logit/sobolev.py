@@ -48,6 +48,8 @@ class Sobolev(Term):
 
     The KD Zoo takes them with respect to the normalised image, whose channels weigh a little differently. Default
     weight: the KD Zoo's. Raises ``UserError`` where student and teacher see images of two sizes.
+
+    Default weight 20, the KD Zoo's.
     """
 
     needs = ("logits",)

@@ -35,7 +35,10 @@ def _check_temperature(temperature: float) -> None:
 
 @TERMS.register("st")
 class SoftTargets(Term):
-    """:func:`st` of the two networks' logits. Raises ``UserError`` for a temperature that is not positive."""
+    """:func:`st` of the two networks' logits. Raises ``UserError`` for a temperature that is not positive.
+
+    Default weight 0.1, the KD Zoo's.
+    """
 
     needs = ("logits",)
     reads_teacher = True

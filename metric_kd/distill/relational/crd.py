@@ -214,7 +214,7 @@ class CRD(PairTerm):
     batch M[i] <- l2(momentum M[i] + (1 - momentum) v_i), of an image that the batch holds twice with its last place
     there. Z is estimated from the first training batch and frozen. ``negatives`` per image from other classes,
     ``mode`` ``exact``: the positive is the image itself, ``relax``: any image of its class. Memories and log Z are in the
-    checkpoint. Default weight: the KD Zoo's for CIFAR-100. Raises ``UserError`` for options out of range.
+    checkpoint. Default weight 0.8: the KD Zoo's for CIFAR-100. Raises ``UserError`` for options out of range.
 
     Deviation: rows are not drawn by the data set but by the term, on its device.
     """

@@ -3,7 +3,7 @@
 import torch
 from torch import Tensor
 
-from metric_kd.distances import Pairwise, full_precision, paired
+from metric_kd.distances import Pairwise, full_precision, paired, unit_rows
 from metric_kd.errors import UserError
 from metric_kd.losses.term import TERMS, Term
 from metric_kd.types import Batch, Output
@@ -44,7 +44,11 @@ def dark_rank(
 
 @TERMS.register("dark_rank")
 class DarkRank(Term):
-    """:func:`dark_rank` on the embeddings. Raises ``UserError`` for parameters that are not positive."""
+    """:func:`dark_rank` on the embeddings, with ``normalise`` on their directions.
+
+    Default weight 1, the RKD code's, for embeddings of length 1: for a classifier's pooled features, whose distances are
+    cubed, take ``normalise=true`` or a weight of about 0.001. Raises ``UserError`` for parameters that are not positive.
+    """
 
     reads_teacher = True
     family = "relational"
@@ -52,14 +56,17 @@ class DarkRank(Term):
     default_weight = 1.0
     paper = "DarkRank: Accelerating Deep Metric Learning via Cross Sample Similarities Transfer, 2017, arXiv 1707.01220"
 
-    def __init__(self, alpha: float = 2.0, beta: float = 3.0, list_length: int = 4):
+    def __init__(self, alpha: float = 2.0, beta: float = 3.0, list_length: int = 4, normalise: bool = False):
         super().__init__()
         if not alpha > 0 or not beta > 0 or list_length < 2:
             raise UserError(
                 f"dark_rank needs alpha > 0, beta > 0 and list_length >= 2; got {alpha:g}, {beta:g} and {list_length}."
             )
-        self.alpha, self.beta, self.list_length = alpha, beta, list_length
+        self.alpha, self.beta, self.list_length, self.normalise = alpha, beta, list_length, normalise
 
     def forward(self, student: Output, teacher: Output | None, batch: Batch) -> Tensor:
         assert student.embedding is not None and teacher is not None and teacher.embedding is not None
-        return dark_rank(student.embedding, teacher.embedding, self.alpha, self.beta, self.list_length)
+        ours, theirs = student.embedding, teacher.embedding
+        if self.normalise:
+            ours, theirs = unit_rows(ours), unit_rows(theirs)
+        return dark_rank(ours, theirs, self.alpha, self.beta, self.list_length)

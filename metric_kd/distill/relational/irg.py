@@ -197,9 +197,12 @@ class IRG(Term):
     what enters a stage to what leaves it, since maps are those of whole stages.
 
     Raises ``UserError`` for options out of range, layers that do not exist and widths that cannot be matched.
+
+    Default weight 1, the KD Zoo's.
     """
 
     needs: ClassVar[tuple[str, ...]] = ("maps", "embedding", "logits")
+    hint = "write irg:1,vertex=0 or irg:1,vertex_on=embedding"
     reads_teacher = True
     family = "relational"
     cost = "N^2 D"

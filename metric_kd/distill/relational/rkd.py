@@ -16,6 +16,11 @@ class RKD(Term):
 
     The factors are the KD Zoo's; one of zero costs nothing. Raises ``UserError`` for a negative factor, and where both
     are zero.
+
+    Park, Kim, Lu, Cho: Relational Knowledge Distillation, 2019, arXiv 1904.05068. Deviation: the inner weights are the KD Zoo's,
+    where the paper has 1 and 2 for embeddings of length 1.
+
+    Default weight 1, the KD Zoo's.
     """
 
     reads_teacher = True

@@ -38,7 +38,10 @@ def rkd_angle(student: Tensor | Pairwise, teacher: Tensor | Pairwise) -> Tensor:
 
 @TERMS.register("rkd_angle")
 class RKDAngle(Term):
-    """:func:`rkd_angle` on the embeddings."""
+    """:func:`rkd_angle` on the embeddings.
+
+    Default weight 2, the RKD paper's.
+    """
 
     reads_teacher = True
     family = "relational"

@@ -33,7 +33,10 @@ def rkd_distance(student: Tensor | Pairwise, teacher: Tensor | Pairwise) -> Tens
 
 @TERMS.register("rkd_distance")
 class RKDDistance(Term):
-    """:func:`rkd_distance` on the embeddings."""
+    """:func:`rkd_distance` on the embeddings.
+
+    Default weight 1, the RKD paper's.
+    """
 
     reads_teacher = True
     family = "relational"

@@ -45,6 +45,8 @@ class SP(Term):
 
     ``features``: "maps" or "embedding"; ``layers`` as in ``2/3/4``, the last three stages by default. Raises
     ``UserError`` for options out of range.
+
+    Default weight 3000, the KD Zoo's.
     """
 
     needs = ("maps",)
