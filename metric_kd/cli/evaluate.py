@@ -31,6 +31,6 @@ def evaluate(parsed: Parsed) -> dict[str, float]:
     finally:
         session.close()
     suffix = " (selected on test)" if selected_on_test(session.config.load) else ""
-    for key, title in session.goal.keys(session.config).items():
+    for key, title in session.metrics.items():
         print(f"{title}: {100 * metrics[key]:.4f}{suffix}")
     return metrics

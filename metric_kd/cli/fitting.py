@@ -57,7 +57,7 @@ def _fit(
     session: Session, run: RunDirectory, task: Task, batches: BatchSampler, config: dict[str, Any]
 ) -> dict[str, float]:
     loader, prefix = (session.test, "") if session.validation is None else (session.validation, "val_")
-    first = next(iter(session.goal.keys(session.config)))
+    first = next(iter(session.metrics))
     trainer = Trainer(
         task,
         make_settings(session.config, len(batches.epoch(1))),
@@ -119,7 +119,7 @@ def _finish(session: Session, run: RunDirectory, trainer: Trainer) -> dict[str, 
 
 def _lines(session: Session, name: str, result: Result) -> list[str]:
     suffix = ", beside a best that was selected on test" if session.config.select == "test" else ""
-    titles = session.goal.keys(session.config).items()
+    titles = session.metrics.items()
     whose = "" if name == "student" else f"{name}: "
     lines = [f"{whose}Best {title}: {100 * result.best[key]:.4f} ({result.chosen})" for key, title in titles]
     return lines + [
@@ -128,7 +128,7 @@ def _lines(session: Session, name: str, result: Result) -> list[str]:
 
 
 def _result(session: Session, run: RunDirectory, trainer: Trainer, name: str) -> Result:
-    keys = list(session.goal.keys(session.config))
+    keys = list(session.metrics)
     on_test = session.goal.evaluate(session.config, session.device, session.test)
     record, prefix = (run.history() or [{}])[-1], "" if name == "student" else f"{name}_"
     network = trainer.task.networks[name]

@@ -20,6 +20,7 @@ from metric_kd.data.records import ImageRecords, Splits, hold_out_classes, hold_
 from metric_kd.errors import UserError
 from metric_kd.evaluation.classification import check_top, evaluate_classification
 from metric_kd.evaluation.embed import embed
+from metric_kd.evaluation.reidentification import TITLES
 from metric_kd.evaluation.retrieval import check_ks, evaluate_retrieval, gallery_size
 from metric_kd.losses.objective import LossSpec, option_names
 from metric_kd.models.backbone import Pixels
@@ -43,8 +44,8 @@ class Goal(Protocol):
         """Which images make a batch."""
         ...
 
-    def keys(self, config: RunConfig) -> dict[str, str]:
-        """Metric -> its name for people; the first is the one to select by."""
+    def keys(self, config: RunConfig, cameras: bool = False) -> dict[str, str]:
+        """Metric -> its name for people; the first is the one to select by. cameras: whether the test images have them."""
         ...
 
     def check(self, config: RunConfig, records: ImageRecords, network: Network) -> None:
@@ -78,8 +79,9 @@ class Retrieval:
             class_names=records.class_names,
         )
 
-    def keys(self, config: RunConfig) -> dict[str, str]:
-        return {f"recall@{k}": f"Recall@{k}" for k in config.recall}
+    def keys(self, config: RunConfig, cameras: bool = False) -> dict[str, str]:
+        # Recall@K counts another image by the query's own camera as a hit, so it stands behind where there are cameras.
+        return {**(TITLES if cameras else {}), **{f"recall@{k}": f"Recall@{k}" for k in config.recall}}
 
     def check(self, config: RunConfig, records: ImageRecords, network: Network) -> None:
         check_ks(config.recall, gallery_size(len(records), records.query, records.gallery))
@@ -93,7 +95,9 @@ class Retrieval:
             vectors = embed(
                 network, batches, device=device, precision=config.precision, progress="evaluating", total=total
             )
-            metrics, _ = evaluate_retrieval(vectors, config.recall, query=records.query, gallery=records.gallery)
+            metrics, _ = evaluate_retrieval(
+                vectors, config.recall, query=records.query, gallery=records.gallery, cameras=records.cameras
+            )
             return {f"{prefix}{key}": value for key, value in metrics.items()}
 
         return measure
@@ -118,7 +122,7 @@ class Classification:
             iterations=config.iter_per_epoch,
         )
 
-    def keys(self, config: RunConfig) -> dict[str, str]:
+    def keys(self, config: RunConfig, cameras: bool = False) -> dict[str, str]:
         return {f"top{k}": f"Top-{k} accuracy" for k in config.top}
 
     def check(self, config: RunConfig, records: ImageRecords, network: Network) -> None:

@@ -55,6 +55,11 @@ class Session:
     def losses(self) -> list[LossSpec]:
         return losses_of(self.config)
 
+    @property
+    def metrics(self) -> dict[str, str]:
+        """Metric -> its name for people; the first is the one to select by."""
+        return self.goal.keys(self.config, self.test.records.cameras is not None)
+
     def close(self) -> None:
         """End the processes that decode images."""
         for loader in (self.train, self.test, self.validation):

@@ -19,12 +19,13 @@ def join(first: ImageRecords, second: ImageRecords) -> ImageRecords:
         labels=np.concatenate(labels),
         class_names=names,
         paths=first.paths + second.paths,
-        query=_join_flags(first.query, second.query),
-        gallery=_join_flags(first.gallery, second.gallery),
+        query=_join_columns(first.query, second.query),
+        gallery=_join_columns(first.gallery, second.gallery),
+        cameras=_join_columns(first.cameras, second.cameras),
     )
 
 
-def _join_flags(first: np.ndarray | None, second: np.ndarray | None) -> np.ndarray | None:
+def _join_columns(first: np.ndarray | None, second: np.ndarray | None) -> np.ndarray | None:
     return None if first is None or second is None else np.concatenate([first, second])
 
 

@@ -18,8 +18,9 @@ class ImageRecords:
     """N labelled images, as files or as pixels in memory.
 
     labels: (N,) int64 in 0 .. len(class_names)-1. Exactly one of ``paths`` (N file names) and ``pixels`` (N, H, W, 3)
-    uint8 is given. query, gallery: (N,) bool, or None where every image is both. flip: whether a mirrored image still
-    shows its class (false for characters). mean, std: per channel in 0..1, or None for ImageNet's.
+    uint8 is given. query, gallery: (N,) bool, or None where every image is both. cameras: (N,) int64, which camera took
+    each image, or None where that does not matter. flip: whether a mirrored image still shows its class (false for
+    characters). mean, std: per channel in 0..1, or None for ImageNet's.
     """
 
     name: str
@@ -29,6 +30,7 @@ class ImageRecords:
     pixels: np.ndarray | None = None
     query: np.ndarray | None = None
     gallery: np.ndarray | None = None
+    cameras: np.ndarray | None = None
     flip: bool = True
     mean: tuple[float, float, float] | None = None
     std: tuple[float, float, float] | None = None
@@ -36,7 +38,7 @@ class ImageRecords:
     def __post_init__(self) -> None:
         if (self.paths is None) == (self.pixels is None):
             raise ValueError("ImageRecords takes either paths or pixels.")
-        for column in (self.paths, self.pixels, self.query, self.gallery):
+        for column in (self.paths, self.pixels, self.query, self.gallery, self.cameras):
             if column is not None and len(column) != len(self.labels):
                 raise ValueError("every column of ImageRecords has one entry per image.")
 
@@ -65,6 +67,7 @@ class ImageRecords:
             pixels=None if self.pixels is None else self.pixels[rows],
             query=None if self.query is None else self.query[rows],
             gallery=None if self.gallery is None else self.gallery[rows],
+            cameras=None if self.cameras is None else self.cameras[rows],
         )
 
     def of_classes(self, classes: np.ndarray) -> "ImageRecords":
@@ -81,9 +84,11 @@ class ImageRecords:
         return replace(chosen, labels=labels[labels >= 0], class_names=names)
 
     def fingerprint(self) -> str:
-        """16 hex digits over labels, class names and file names or pixels: equal data, equal fingerprint."""
+        """16 hex digits over labels, class names, cameras and file names or pixels: equal data, equal fingerprint."""
         digest = hashlib.sha256(self.labels.tobytes())
         digest.update("\0".join(self.class_names).encode())
+        if self.cameras is not None:
+            digest.update(self.cameras.tobytes())
         if self.pixels is not None:
             digest.update(np.ascontiguousarray(self.pixels).data)
         else:

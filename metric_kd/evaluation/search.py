@@ -86,18 +86,18 @@ def find_neighbours(
     Raises ``UserError`` where an embedding is not finite (or above ``LARGEST``), or k is larger than the gallery (the
     query not counted).
     """
-    query, query_labels = _vectors(query, "query"), _integers(query_labels)
+    query, query_labels = as_vectors(query, "query"), as_integers(query_labels)
     if gallery is None:
-        query_ids = torch.arange(len(query)) if query_ids is None else _integers(query_ids)
+        query_ids = torch.arange(len(query)) if query_ids is None else as_integers(query_ids)
         gallery, gallery_labels, gallery_ids = query, query_labels, query_ids
     else:
-        gallery = _vectors(gallery, "gallery")
+        gallery = as_vectors(gallery, "gallery")
         if gallery_labels is None or (query_ids is None) != (gallery_ids is None):
             raise ValueError("a gallery comes with gallery_labels, and ids are given for both sides or none.")
-        gallery_labels = _integers(gallery_labels)
-        query_ids = torch.full((len(query),), -1) if query_ids is None else _integers(query_ids)
-        gallery_ids = torch.full((len(gallery),), -2) if gallery_ids is None else _integers(gallery_ids)
-    _check_shapes(query, gallery, (query_labels, query_ids), (gallery_labels, gallery_ids))
+        gallery_labels = as_integers(gallery_labels)
+        query_ids = torch.full((len(query),), -1) if query_ids is None else as_integers(query_ids)
+        gallery_ids = torch.full((len(gallery),), -2) if gallery_ids is None else as_integers(gallery_ids)
+    check_shapes(query, gallery, (query_labels, query_ids), (gallery_labels, gallery_ids))
     shared = torch.isin(query_ids, gallery_ids).any().item()
     if shared and len(gallery_ids.unique()) < len(gallery_ids):
         raise UserError("two images of the gallery have the same id; give every image an id of its own.")
@@ -116,7 +116,7 @@ def find_neighbours(
     return Neighbours(rows, distances, query_labels, gallery_labels)
 
 
-def _vectors(x: Tensor, side: str) -> Tensor:
+def as_vectors(x: Tensor, side: str) -> Tensor:
     x = torch.as_tensor(x).detach().to("cpu", torch.float32).contiguous()
     if x.dim() != 2 or len(x) == 0:
         raise UserError(f"the {side} embeddings have shape {tuple(x.shape)}; give (N, D) with N of 1 or more.")
@@ -130,11 +130,11 @@ def _vectors(x: Tensor, side: str) -> Tensor:
     return x
 
 
-def _integers(x: Tensor) -> Tensor:
+def as_integers(x: Tensor) -> Tensor:
     return torch.as_tensor(x).detach().to("cpu", torch.int64)
 
 
-def _check_shapes(query: Tensor, gallery: Tensor, of_query: tuple[Tensor, ...], of_gallery: tuple[Tensor, ...]) -> None:
+def check_shapes(query: Tensor, gallery: Tensor, of_query: tuple[Tensor, ...], of_gallery: tuple[Tensor, ...]) -> None:
     if query.shape[1] != gallery.shape[1]:
         raise UserError(
             f"the query embeddings have {query.shape[1]} dimensions, the gallery's {gallery.shape[1]}; "

@@ -395,7 +395,18 @@ def test_omniglot_missing(tmp_path):
 
 
 def test_every_data_set_is_registered():
-    expected = {"cub200", "cars196", "stanford", "cifar10", "cifar100", "omniglot", "folder", "table", "glyphs"}
+    expected = {
+        "cub200",
+        "cars196",
+        "stanford",
+        "cifar10",
+        "cifar100",
+        "omniglot",
+        "folder",
+        "table",
+        "glyphs",
+        "market1501",
+    }
     assert expected <= set(DATASETS)
 
 

@@ -299,7 +299,9 @@ def test_a_stage_leaves_no_gradient_behind(classifier, image_folder, tmp_path, m
 
 def test_a_trial_steps_through_every_stage(classifier, image_folder, tmp_path, capsys):
     flags = [*SMALL, "--data", str(image_folder), "--teacher_load", str(classifier), "--epochs", "40", "--dry_run"]
-    distill([*flags, "--loss", "cross_entropy:1", "--loss", "ab:10", "--loss", "bss:2", "--save_dir", str(tmp_path / "r")])
+    distill(
+        [*flags, "--loss", "cross_entropy:1", "--loss", "ab:10", "--loss", "bss:2", "--save_dir", str(tmp_path / "r")]
+    )
     output = capsys.readouterr().out
     assert "stage ab, 10 epochs before the main stage: ab " in output
     assert "(cross_entropy " in output and ", bss " in output and not (tmp_path / "r").exists()
