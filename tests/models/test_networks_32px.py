@@ -230,8 +230,8 @@ def test_distils_and_is_distilled(base, role):
     student, teacher = (this, other) if role == "student" else (other, this)
     losses = [parse_loss(name) for name in METHODS]
     objective = Objective(losses)
-    for owner, network, needs in zip(("student", "teacher"), (student, teacher), objective.all_needs, strict=True):
-        require_provided(owner, network.provides, needs, losses)
+    require_provided("student", student.provides, objective)
+    require_provided("teacher", teacher.provides, objective, teacher=True)
     task = Solo(student, teacher, objective)
     batch = Batch(pictures(4), torch.arange(4), torch.arange(4))
     task.build(batch, 10, torch.arange(24) % 10)
