@@ -25,7 +25,7 @@ torture: $(READY)
 $(READY): setup.cfg pyproject.toml
 	$(PYTHON) -c 'import sys; sys.exit("metric_kd needs Python 3.11 or later; set PYTHON=python3.11" if sys.version_info < (3, 11) else 0)'
 	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
-	$(BIN)/python -m pip install --disable-pip-version-check --editable '.[cpu,test,tensorboard,metric_learning]'
+	$(BIN)/python -m pip install --disable-pip-version-check --editable '.[cpu,test,tensorboard,pml]'
 	touch $(READY)
 
 clean:

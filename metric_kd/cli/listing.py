@@ -32,7 +32,7 @@ def methods() -> list[str]:
     return [f"{line}  {row[5]}" for line, row in zip(lines, rows, strict=True)]
 
 
-NO_PML = "pml.NAME: any loss of pytorch-metric-learning, once it is installed (extra metric_learning)"
+NO_PML = "pml.NAME: any loss of pytorch-metric-learning, once it is installed (extra pml)"
 KINDS = ("datasets", "backbones", "samplers", "losses", "methods")
 
 

@@ -172,7 +172,7 @@ def _library() -> ModuleType:
     except ImportError as error:
         raise UserError(
             f"losses that begin with {PREFIX!r} need pytorch-metric-learning ({error}); run "
-            "pip install 'metric_kd[metric_learning]'."
+            "pip install 'metric_kd[pml]'."
         ) from error
     return losses
 
