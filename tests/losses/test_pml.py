@@ -259,6 +259,6 @@ def test_terms_are_made_once_and_not_listed():
 def test_without_the_library(monkeypatch):
     monkeypatch.setitem(sys.modules, "pytorch_metric_learning", None)
     assert names() == [] and "pml.ArcFaceLoss" not in TERMS and "cross_entropy" in TERMS
-    with pytest.raises(UserError, match=r"pip install 'metric_kd\[metric_learning\]'\.$") as refused:
+    with pytest.raises(UserError, match=r"pip install 'metric_kd\[pml\]'\.$") as refused:
         parse_loss("pml.ArcFaceLoss:1")
     assert "\n" not in str(refused.value)
