@@ -11,6 +11,7 @@ from metric_kd.distill.feature.lwm import lwm
 from metric_kd.distill.feature.nst import nst
 from metric_kd.distill.feature.ofd import bn_margin, ofd, ofd_margin
 from metric_kd.distill.feature.vid import vid
+from metric_kd.distill.granularity import granularity, stable_logits
 from metric_kd.distill.logit.bss import bss
 from metric_kd.distill.logit.dml import dml
 from metric_kd.distill.logit.logits import logits
@@ -43,6 +44,7 @@ __all__ = [
     "fitnet",
     "fsp",
     "ft",
+    "granularity",
     "irg_edge",
     "irg_transformation",
     "irg_vertex",
@@ -60,5 +62,6 @@ __all__ = [
     "sobolev",
     "sp",
     "st",
+    "stable_logits",
     "vid",
 ]

@@ -32,6 +32,7 @@ class Output(NamedTuple):
 
     maps: tuple of (N, C, H, W), after the activation: stem, stage 1 .. n; preacts: the same before the activation.
     pooled: (N, F) after global pooling; embedding: (N, D); logits: (N, K); taps: {module path: tensor}.
+    codes: (N, a) and (N, d), summaries of the pooled feature (:mod:`metric_kd.distill.granularity`).
     """
 
     maps: tuple[Tensor, ...] | None = None
@@ -40,6 +41,7 @@ class Output(NamedTuple):
     embedding: Tensor | None = None
     logits: Tensor | None = None
     taps: dict[str, Tensor] | None = None
+    codes: tuple[Tensor, Tensor] | None = None
 
 
 class Neighbours(NamedTuple):

@@ -61,6 +61,7 @@ CASES = {
     "fitnet": Case(KD.fitnet, MAPS, MAPS),
     "fsp": Case(in_halves(KD.fsp), MAPS, (4, 2, 2)),
     "ft": Case(KD.ft, MAPS, MAPS),
+    "granularity": Case(in_halves(KD.granularity), (8,), (8,)),
     "irg_edge": Case(KD.irg_edge, (4,), MAPS),
     "irg_transformation": Case(in_halves(KD.irg_transformation), (8,), (6,)),
     "irg_vertex": Case(KD.irg_vertex, (5,), (5,)),

@@ -242,7 +242,7 @@ def _plan(comparison: Comparison) -> list[str]:
 def _rehearse(comparison: Comparison) -> None:
     """Load the data and build what is still to run, so that nothing is refused after hours; writes nothing.
 
-    Rows share what is loaded, but for those with peers of their own.
+    Rows share what is loaded, but for those with peers or coders of their own.
     """
     rows = [
         row
@@ -250,15 +250,17 @@ def _rehearse(comparison: Comparison) -> None:
         if _finished(comparison, row) != (len([*_searches(comparison, row)]), len(comparison.seeds))
     ]
     select: Any = "val" if any(len(row.candidates) > 1 for row in rows) else "last"
-    sessions: dict[tuple[str, ...], Session] = {}
+    sessions: dict[tuple[str | None, ...], Session] = {}
     try:
         for row in rows:
             config = replace(row.only.config, save_dir=None, student_init=None, select=select)
             teaches = isinstance(config, DistillConfig)
-            peers = tuple(config.mutual) if isinstance(config, DistillConfig) else ()
-            if peers not in sessions:
-                sessions[peers] = build(Parsed(config, row.only.given))
-            session = replace(sessions[peers], config=config)
+            networks: tuple[str | None, ...] = (None, None)
+            if isinstance(config, DistillConfig):
+                networks = (*config.mutual, config.granularity, config.granularity_load)
+            if networks not in sessions:
+                sessions[networks] = build(Parsed(config, row.only.given))
+            session = replace(sessions[networks], config=config)
             try:
                 make_task(session if teaches else replace(session, teacher=None))
             except UserError as error:

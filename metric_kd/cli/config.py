@@ -2,10 +2,13 @@
 
 import hashlib
 import json
-from dataclasses import asdict, dataclass, field, fields
+import math
+from dataclasses import asdict, dataclass, field, fields, replace
+from fnmatch import fnmatchcase
 from typing import Any, Literal
 
 from metric_kd.engine.run_directory import RESUMABLE_KEYS
+from metric_kd.errors import UserError
 
 
 def flag(default: Any, text: str) -> Any:
@@ -40,6 +43,9 @@ class RunConfig:
     epochs: int = flag(40, "epochs")
     iter_per_epoch: int | None = flag(None, "steps per epoch; default 100, for classification once through the images")
     lr: float = flag(1e-5, "learning rate")
+    lr_for: list[str] = flag(
+        [], "PATTERN=RATE, repeatable: --lr of a --base that the pattern fits, as in mobilenet*=0.01; --lr replaces it"
+    )
     lr_decay_epochs: list[int] = flag(
         [25, 30, 35], "epochs, counted from 1, from which on the rate is multiplied by gamma"
     )
@@ -58,7 +64,8 @@ class RunConfig:
     precision: Literal["fp32", "bf16", "fp16"] = flag("fp32", "precision of the networks; losses stay in float32")
     workers: int = flag(0, "processes that decode images")
     input_size: int | None = flag(None, "image side in pixels; default the backbone's")
-    optimizer: Literal["adam", "adamw", "sgd"] = flag("adam", "optimiser, fused (sgd: Nesterov momentum 0.9)")
+    optimizer: Literal["adam", "adamw", "sgd"] = flag("adam", "optimiser, fused (sgd: momentum 0.9)")
+    nesterov: bool = flag(True, "Nesterov's form of momentum (sgd)")
     weight_decay: float = flag(1e-5, "weight decay")
     schedule: Literal["step", "cosine"] = flag("step", "how the learning rate falls")
     warmup: float = flag(0.0, "epochs of linear warm-up")
@@ -113,13 +120,55 @@ class DistillConfig(RunConfig):
     dark_beta: float = flag(3.0, "exponent of dark_rank's scores")
     at_ratio: float = flag(0.0, "weight of at, summed over the last three stages")
     fitnet_ratio: float = flag(0.0, "weight of fitnet, with trained 1x1 convolutions")
+    granularity: Literal["mag", "mas"] | None = flag(
+        None, "mag: add the term granularity; mas: and make the average of teacher and decoders the target of logits"
+    )
+    granularity_load: str | None = flag(None, "the teacher's coders: a run of `metric-kd granularity`, or its best.pth")
 
 
-COMMANDS: dict[str, type[RunConfig]] = {"train": TrainConfig, "distill": DistillConfig}
+@dataclass(kw_only=True)
+class GranularityConfig(RunConfig):
+    """metric-kd granularity: fit the coders of a teacher for run_distill.py --granularity."""
+
+    teacher_load: str | None = flag(None, "the teacher: a run, a checkpoint or a state dict (required)")
+    abstract_dim: int = flag(64, "length of the abstract code")
+    detailed_dim: int = flag(256, "length of the detailed code")
+    lr: float = flag(0.01, "learning rate")
+    epochs: int = flag(60, "epochs")
+    optimizer: Literal["adam", "adamw", "sgd"] = flag("sgd", "optimiser, fused (sgd: momentum 0.9)")
+    nesterov: bool = flag(False, "Nesterov's form of momentum (sgd)")
+    weight_decay: float = flag(5e-4, "weight decay")
+    lr_decay_epochs: list[int] = flag([], "epochs, counted from 1, from which on the rate is multiplied by gamma")
+    lr_decay_at: list[float] | None = flag([0.5, 0.75], "the same as shares of --epochs")
+    lr_decay_gamma: float = flag(0.1, "the factor of --lr_decay_epochs and --lr_decay_at")
+    eval_every: int = flag(10, "epochs between evaluations of the decoders")
+
+
+COMMANDS: dict[str, type[RunConfig]] = {
+    "train": TrainConfig,
+    "distill": DistillConfig,
+    "granularity": GranularityConfig,
+}
 
 
 NETWORK_FIELDS = ("base", "embedding_size", "l2normalize", "input_size")
 """What describes a network; with the prefix teacher_ the teacher."""
+
+
+def with_rate(config: RunConfig) -> RunConfig:
+    """``lr`` as the first fitting entry of ``lr_for`` has it; doing so twice changes nothing."""
+    name = config.base.partition(":")[0]
+    for entry in reversed(config.lr_for):
+        pattern, _, rate = entry.partition("=")
+        try:
+            value = float(rate)
+        except ValueError:
+            value = math.nan
+        if not (pattern and value > 0 and math.isfinite(value)):
+            raise UserError(f"--lr_for {entry!r} is no rule; write PATTERN=RATE, as in mobilenet*=0.01.")
+        if fnmatchcase(name, pattern):
+            config = replace(config, lr=value)
+    return config
 
 
 def is_evaluation(config: RunConfig) -> bool:

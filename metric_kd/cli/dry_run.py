@@ -97,7 +97,7 @@ def _measured(session: Session) -> str:
     if session.device.type == "cuda":
         step += f", {torch.cuda.max_memory_allocated(session.device) / MIB:.0f} MiB on the device"
     lines += [
-        f"losses: {', '.join(session.config.loss or [])} ({text})",
+        f"losses: {', '.join(session.config.loss or task.loss_names)} ({text})",
         f"one step: {seconds:.2f} s (the first; later ones are faster), peak memory {peak / MIB:.0f} MiB of the process{step}",
     ]
     return "\n".join(lines)

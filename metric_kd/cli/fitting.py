@@ -160,7 +160,7 @@ def _card(session: Session, trainer: Trainer, results: dict[str, Result]) -> dic
             "skipped": len(train.skipped) + len(test.skipped),
         },
         "parameters": sum(p.numel() for p in trainer.task.student.parameters()),
-        "losses": config.loss,
+        "losses": config.loss or trainer.task.loss_names,
         "selection": result.chosen,
         "task": config.task,
         "metrics": {"best": result.best, "final": result.final},

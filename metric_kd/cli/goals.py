@@ -17,6 +17,8 @@ from metric_kd.data import load_dataset
 from metric_kd.data.batches import ClassBalancedBatches, ShuffledBatches
 from metric_kd.data.loading import ImageLoader
 from metric_kd.data.records import ImageRecords, Splits, hold_out_classes, hold_out_images
+from metric_kd.distill.granularity import BRANCHES, Coders
+from metric_kd.engine.coding import Decoded
 from metric_kd.errors import UserError
 from metric_kd.evaluation.classification import check_top, evaluate_classification
 from metric_kd.evaluation.embed import embed
@@ -147,6 +149,47 @@ class Classification:
                 total=-(-len(loader.records) // config.batch),
             )
             return {f"{prefix}{key}": value for key, value in metrics.items()}
+
+        return measure
+
+
+class Decoding:
+    """How well the decoders of a teacher's coders do what the teacher does: a goal's own metrics, of each branch.
+
+    The images come in one order for all goals: once through all of them.
+    """
+
+    def __init__(self, goal: Goal, teacher: Network):
+        self.goal, self.teacher = goal, teacher
+
+    def hold_out(self, train: ImageRecords) -> Splits:
+        return self.goal.hold_out(train)
+
+    def head(self, classes: int) -> dict[str, Any]:
+        return self.goal.head(classes)
+
+    def batches(self, config: RunConfig, losses: list[LossSpec], records: ImageRecords) -> ShuffledBatches:
+        return Classification().batches(config, losses, records)
+
+    def keys(self, config: RunConfig, cameras: bool = False) -> dict[str, str]:
+        keys = self.goal.keys(config, cameras)
+        return {
+            f"{branch}_{key}": f"{title} of the {branch} decoder" for branch in BRANCHES for key, title in keys.items()
+        }
+
+    def check(self, config: RunConfig, records: ImageRecords, network: Network) -> None:
+        self.goal.check(config, records, network)
+
+    def evaluate(self, config: RunConfig, device: torch.device, loader: ImageLoader, prefix: str = "") -> Evaluate:
+        of_a_network = self.goal.evaluate(config, device, loader)
+
+        def measure(coders: nn.Module) -> dict[str, float]:
+            assert isinstance(coders, Coders)
+            return {
+                f"{prefix}{branch}_{key}": value
+                for branch in BRANCHES
+                for key, value in of_a_network(Decoded(self.teacher, coders, branch)).items()
+            }
 
         return measure
 

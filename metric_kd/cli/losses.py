@@ -3,7 +3,7 @@
 from dataclasses import replace
 
 import metric_kd.distill  # noqa: F401 (registers the methods)
-from metric_kd.cli.config import DistillConfig, RunConfig, TrainConfig
+from metric_kd.cli.config import DistillConfig, GranularityConfig, RunConfig, TrainConfig
 from metric_kd.errors import UserError
 from metric_kd.losses.objective import LossSpec, option_names, parse_loss
 from metric_kd.losses.samplers import SAMPLERS
@@ -15,6 +15,8 @@ def fold(config: RunConfig) -> RunConfig:
 
     Folding twice changes nothing, so that a saved config.yaml means what its run did.
     """
+    if isinstance(config, GranularityConfig):
+        return config  # what it minimises is no choice
     losses = [_on_logits(parse_loss(text), config) for text in config.loss or []]
     if isinstance(config, TrainConfig):
         usual = "cross_entropy" if config.task == "classification" else "l2_triplet"
@@ -33,6 +35,8 @@ def fold(config: RunConfig) -> RunConfig:
         if config.task == "classification":
             usual = "--loss cross_entropy:1 --loss st:0.1"
         raise UserError(f"nothing to learn from: give {usual}, or any --loss name:weight (`metric-kd list methods`).")
+    if config.granularity is not None and not any(loss.name == "granularity" for loss in losses):
+        losses.append(parse_loss("granularity"))
     folded = dict.fromkeys(
         ("triplet_ratio", "dist_ratio", "angle_ratio", "dark_ratio", "at_ratio", "fitnet_ratio"), 0.0
     )

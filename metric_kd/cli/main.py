@@ -11,7 +11,9 @@ COMMANDS = {
     "train": "train a network (run.py)",
     "eval": "what a checkpoint achieves on the test images",
     "distill": "distil a teacher into a student (run_distill.py)",
+    "granularity": "fit the coders of a teacher for run_distill.py --granularity",
     "compare": "methods, weights and seeds of a YAML file, as one table",
+    "analyse": "how alike a student and its teacher are inside",
     "embed": "write the embeddings of a folder of images",
     "list": "names of datasets, backbones, samplers, losses or methods",
 }

@@ -5,10 +5,12 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from metric_kd.cli.config import NETWORK_FIELDS, DistillConfig, RunConfig, is_evaluation
+from metric_kd.cli.config import NETWORK_FIELDS, DistillConfig, GranularityConfig, RunConfig, is_evaluation
 from metric_kd.cli.goals import network_spec
 from metric_kd.data.records import ImageRecords
+from metric_kd.distill.granularity import CodedTeacher, Coders
 from metric_kd.engine.checkpoint import read_checkpoint, restore_network, write_checkpoint
+from metric_kd.engine.coding import coded, coders_for
 from metric_kd.errors import UserError
 from metric_kd.models import default_pixels, load_pretrained
 from metric_kd.models.backbone import Pixels
@@ -24,12 +26,30 @@ def _given_fields(config: RunConfig, given: frozenset[str], prefix: str) -> dict
     }
 
 
-def teacher_of(config: RunConfig, given: frozenset[str], head: dict[str, Any]) -> Network | None:
+def teacher_of(config: RunConfig, given: frozenset[str], head: dict[str, Any]) -> Network | CodedTeacher | None:
+    """The teacher, with its coders where --granularity_load names them."""
     if not isinstance(config, DistillConfig) or config.mutual:
         return None
     assert config.teacher_load is not None
     fallback = network_spec(config, "teacher_", default_pixels(config.teacher_base) or Pixels(), head)
-    return restore_network(config.teacher_load, fallback, _given_fields(config, given, "teacher_"), "teacher")
+    teacher = restore_network(config.teacher_load, fallback, _given_fields(config, given, "teacher_"), "teacher")
+    if config.granularity_load is None:
+        return teacher
+    return coded(teacher, config.granularity_load, stable=config.granularity == "mas")
+
+
+def coders_of(config: GranularityConfig, given: frozenset[str], head: dict[str, Any]) -> tuple[Coders, Network]:
+    """Coders to be fitted, and the teacher that the config names; classifiers must tell the classes of the data apart."""
+    assert config.teacher_load is not None
+    fallback = network_spec(config, "", default_pixels(config.base) or Pixels(), head)
+    teacher = restore_network(config.teacher_load, fallback, _given_fields(config, given, ""), "teacher")
+    classes, known = teacher.spec.num_classes, head.get("num_classes")
+    if known is not None and classes is not None and classes != known:
+        raise UserError(
+            f"the teacher tells {classes} classes apart and the data has {known}; give the data that it was trained on."
+        )
+    decodes = "logits" if config.task == "classification" else "embedding"
+    return coders_for(teacher, decodes, config.abstract_dim, config.detailed_dim), teacher
 
 
 def student_of(

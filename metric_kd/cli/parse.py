@@ -42,7 +42,8 @@ def parse(command: str, arguments: Sequence[str], program: str | None = None) ->
         files.append(_from_yaml(command, Path(path).read_text(), path))
     from_files = _layered(files)
     task = (_values_of(tokens, "--task") or [from_files.get("task")])[-1]
-    implied = {} if task != "classification" or _values_of(tokens, "--preset") else _preset(command, "zoo")
+    own_recipe = command == "granularity" or task != "classification" or bool(_values_of(tokens, "--preset"))
+    implied = {} if own_recipe else _preset(command, "zoo")
     flags = {token[2:].split("=")[0] for token in tokens if token.startswith("--")}
     values = _layered([implied, from_files, dict.fromkeys(flags)])
     # What a flag gives need not come from a file as well: repeatable flags replace those of a file, they do not add to them.
@@ -60,11 +61,15 @@ def parse(command: str, arguments: Sequence[str], program: str | None = None) ->
 
 
 def _layered(layers: Sequence[dict[str, Any]]) -> dict[str, Any]:
-    """One map, the later layer winning; milestones by number replace those by share that lie below them."""
+    """One map, the later layer winning; milestones by number replace those by share that lie below them, and a rate
+    replaces rules for rates.
+    """
     merged: dict[str, Any] = {}
     for layer in layers:
         if "lr_decay_epochs" in layer and "lr_decay_at" not in layer:
             merged.pop("lr_decay_at", None)
+        if "lr" in layer and "lr_for" not in layer:
+            merged.pop("lr_for", None)
         merged |= layer
     return merged
 
@@ -136,7 +141,7 @@ def _as_flags(command: str, values: dict[str, Any]) -> list[str]:
     return tokens
 
 
-REPEATED = ("loss", "plugins", "mutual")
+REPEATED = ("loss", "plugins", "mutual", "lr_for")
 """Flags that are given once per entry."""
 
 

@@ -7,10 +7,10 @@ from typing import Any
 import torch
 
 from metric_kd import distributed
-from metric_kd.cli.config import NETWORK_FIELDS, DistillConfig, RunConfig, is_evaluation
-from metric_kd.cli.goals import Goal, goal_of, load_splits
+from metric_kd.cli.config import NETWORK_FIELDS, DistillConfig, GranularityConfig, RunConfig, is_evaluation, with_rate
+from metric_kd.cli.goals import Decoding, Goal, goal_of, load_splits
 from metric_kd.cli.losses import fold, losses_of
-from metric_kd.cli.networks import peers_of, student_of, teacher_of
+from metric_kd.cli.networks import coders_of, peers_of, student_of, teacher_of
 from metric_kd.cli.parse import Parsed
 from metric_kd.cli.plugins import load_plugins
 from metric_kd.cli.validate import validate
@@ -18,7 +18,9 @@ from metric_kd.data.loading import ImageLoader
 from metric_kd.data.records import Splits
 from metric_kd.data.transforms import Geometry
 from metric_kd.devices import choose_device
+from metric_kd.distill.granularity import CodedTeacher, Coders, Encoders
 from metric_kd.engine.checkpoint import read_checkpoint
+from metric_kd.engine.coding import Coding
 from metric_kd.engine.mutual import Mutual
 from metric_kd.engine.optimisation import Settings, milestone
 from metric_kd.engine.reproducibility import deterministic_algorithms
@@ -40,8 +42,9 @@ class Session:
     train: ImageLoader
     test: ImageLoader
     validation: ImageLoader | None
-    student: Network
-    teacher: Network | None
+    student: Network | Coders
+    """What is trained."""
+    teacher: Network | CodedTeacher | None
     notes: list[str]
     """What a user should know before the run starts: what was loaded, left out, skipped."""
     peers: dict[str, Network] = field(default_factory=dict)
@@ -49,7 +52,11 @@ class Session:
 
     @property
     def goal(self) -> Goal:
-        return goal_of(self.config)
+        goal = goal_of(self.config)
+        if isinstance(self.student, Coders):
+            assert isinstance(self.teacher, Network)
+            return Decoding(goal, self.teacher)
+        return goal
 
     @property
     def losses(self) -> list[LossSpec]:
@@ -72,7 +79,7 @@ def checked(parsed: Parsed) -> Parsed:
     input sizes. Raises ``UserError`` with the first thing that is wrong with it.
     """
     load_plugins(parsed.config.plugins)
-    config = with_checkpoints(_with_goal(fold(parsed.config), parsed.given), parsed.given)
+    config = with_checkpoints(_with_goal(with_rate(fold(parsed.config)), parsed.given), parsed.given)
     sentences = validate(config)
     if sentences:
         raise UserError(sentences[0])
@@ -84,8 +91,11 @@ def checked(parsed: Parsed) -> Parsed:
 
 def _with_goal(config: RunConfig, given: frozenset[str]) -> RunConfig:
     """Defaults that depend on the goal: a classifier's embedding is its pooled feature, an epoch of embeddings 100 steps."""
+    if isinstance(config, GranularityConfig) and "lr_decay_epochs" in given and "lr_decay_at" not in given:
+        config = replace(config, lr_decay_at=None)
     if config.task != "classification":
-        return replace(config, iter_per_epoch=100 if config.iter_per_epoch is None else config.iter_per_epoch)
+        balanced = config.iter_per_epoch is None and not isinstance(config, GranularityConfig)
+        return replace(config, iter_per_epoch=100) if balanced else config
     plain = {"embedding_size": 0, "l2normalize": False}
     if isinstance(config, DistillConfig):
         plain |= {f"teacher_{key}": value for key, value in plain.items()}
@@ -105,12 +115,20 @@ def build(parsed: Parsed) -> Session:
     if not config.top:
         config = replace(config, top=list(default_top(splits.test.num_classes)))
     head = goal_of(config).head(splits.train.num_classes)
-    teacher = teacher_of(config, given, head)
-    torch.manual_seed(config.seed)
-    student = student_of(config, given, splits.train, head, notes)
+    teacher: Network | CodedTeacher | None
+    student: Network | Coders
+    if isinstance(config, GranularityConfig):
+        torch.manual_seed(config.seed)
+        student, teacher = coders_of(config, given, head)
+    else:
+        teacher = teacher_of(config, given, head)
+        torch.manual_seed(config.seed)
+        student = student_of(config, given, splits.train, head, notes)
     peers = peers_of(config, splits.train, head)
-    goal_of(config).check(config, splits.test, student)
-    if not evaluating:
+    measured = teacher if isinstance(student, Coders) else student
+    assert isinstance(measured, Network)
+    goal_of(config).check(config, splits.test, measured)
+    if not (evaluating or isinstance(student, Coders)):
         _check_losses(config, splits.train.class_names, student, teacher, peers)
     train, validation, test = _loaders(config, splits, evaluating)
     for loader in (train, validation, test):
@@ -118,7 +136,7 @@ def build(parsed: Parsed) -> Session:
             notes.append(f"skipped {len(loader.skipped)} unreadable images, the first {loader.skipped[0]}")
     for loader in (test, validation):
         if loader is not None:
-            goal_of(config).check(config, loader.records, student)
+            goal_of(config).check(config, loader.records, measured)
     session = Session(config, device, train, test, validation, student.to(device), teacher, notes, peers)
     for network in peers.values():
         network.to(device)
@@ -128,7 +146,11 @@ def build(parsed: Parsed) -> Session:
 
 
 def _check_losses(
-    config: RunConfig, classes: tuple[str, ...], student: Network, teacher: Network | None, peers: dict[str, Network]
+    config: RunConfig,
+    classes: tuple[str, ...],
+    student: Network,
+    teacher: Network | CodedTeacher | None,
+    peers: dict[str, Network],
 ) -> None:
     """Refuse losses that read what the networks do not give, or logits of different classes."""
     objective = Objective(losses_of(config))
@@ -154,13 +176,19 @@ def _check_losses(
         )
 
 
-def make_task(session: Session) -> Solo | Mutual:
+def make_task(session: Session) -> Solo | Mutual | Coding:
     """The student, the objective and the teacher (or the peers) as one module, its trained parts built under the seed."""
     config, losses = session.config, session.losses
     torch.manual_seed(config.seed + 1)
-    task: Solo | Mutual
-    if session.peers:
-        task = Mutual({"student": session.student, **session.peers}, losses, config.precision)
+    task: Solo | Mutual | Coding
+    if isinstance(session.student, Coders):
+        assert isinstance(session.teacher, Network)
+        task = Coding(session.student, session.teacher, config.precision)
+    elif session.peers:
+        networks = {"student": session.student, **session.peers}
+        asked = isinstance(config, DistillConfig) and config.granularity is not None
+        encoders = {name: Encoders(network.pooled_size) for name, network in networks.items()} if asked else {}
+        task = Mutual(networks, losses, config.precision, encoders)
     else:
         objective = Objective(losses)
         for key, term in objective.items():
@@ -194,6 +222,7 @@ def make_settings(config: RunConfig, iterations: int) -> Settings:
         lr_decay_epochs=tuple(milestones),
         lr_decay_gamma=config.lr_decay_gamma,
         warmup=config.warmup,
+        nesterov=config.nesterov,
         clip_norm=config.clip_norm,
         freeze_bn=config.freeze_bn,
         precision=config.precision,
@@ -214,13 +243,20 @@ def with_checkpoints(config: RunConfig, given: frozenset[str]) -> RunConfig:
     """
     if isinstance(config, DistillConfig) and config.teacher_load is not None:
         config = _adopt(config, config.teacher_load, "teacher_", given, "teacher")
+    if isinstance(config, GranularityConfig) and config.teacher_load is not None:
+        config = _adopt(config, config.teacher_load, "", given, "teacher")
+        config = _with_data_of(config, config.teacher_load, given)
     if is_evaluation(config) and config.load is not None:
         config = _adopt(config, config.load, "", given, "checkpoint")
-        stored = run_of(config.load).stored_config() or {}
-        keys = ("task", "dataset", "data", "labels", "train_classes", "recall", "top")
-        data = {key: stored[key] for key in keys if key in stored}
-        config = replace(config, **{key: value for key, value in data.items() if key not in given})
+        config = _with_data_of(config, config.load, given)
     return config
+
+
+def _with_data_of(config: Any, path: str, given: frozenset[str]) -> Any:
+    """The data on which a run was trained, where the flags do not say another."""
+    stored = run_of(path).stored_config() or {}
+    keys = ("task", "dataset", "data", "labels", "train_classes", "recall", "top")
+    return replace(config, **{key: stored[key] for key in keys if key in stored and key not in given})
 
 
 def _adopt(config: Any, path: str, prefix: str, given: frozenset[str], role: str) -> Any:

@@ -4,7 +4,7 @@ from collections.abc import Callable, Iterable
 from functools import partial
 from pathlib import Path
 
-from metric_kd.cli.config import DistillConfig, RunConfig, TrainConfig
+from metric_kd.cli.config import DistillConfig, GranularityConfig, RunConfig, TrainConfig
 from metric_kd.cli.goals import is_number
 from metric_kd.cli.losses import losses_of
 from metric_kd.data import DATASETS
@@ -39,11 +39,16 @@ def _sizes(config: RunConfig) -> list[str]:
     for key in ("batch", "num_image_per_class", "epochs", "iter_per_epoch", "eval_every"):
         if getattr(config, key) is not None and getattr(config, key) < 1:
             sentences.append(f"--{key} is {getattr(config, key)}; give 1 or more.")
-    if config.task == "embedding" and config.num_image_per_class >= 1 and config.batch <= config.num_image_per_class:
+    by_class = config.task == "embedding" and not isinstance(config, GranularityConfig)
+    if by_class and config.num_image_per_class >= 1 and config.batch <= config.num_image_per_class:
         sentences.append(
             f"--batch {config.batch} holds fewer than two classes of --num_image_per_class {config.num_image_per_class}; "
             "raise --batch or lower --num_image_per_class."
         )
+    if isinstance(config, GranularityConfig):
+        for key in ("abstract_dim", "detailed_dim"):
+            if getattr(config, key) < 1:
+                sentences.append(f"--{key} is {getattr(config, key)}; give 1 or more.")
     if config.embedding_size < 0:
         sentences.append(f"--embedding_size is {config.embedding_size}; give 0 (the pooled feature) or more.")
     sizes = {"input_size": config.input_size}
@@ -86,6 +91,13 @@ def _files(config: RunConfig) -> list[str]:
             sentences.append("--mutual trains peers instead of a teacher; leave --teacher_load or --mutual out.")
         if not config.mutual and config.teacher_load is None:
             sentences.append("a teacher is needed: give --teacher_load RUN_OR_FILE (run.py trains one).")
+        sentences += _granularity(config)
+    if isinstance(config, GranularityConfig):
+        if config.teacher_load is None:
+            sentences.append("a teacher is needed: give --teacher_load RUN_OR_FILE (run.py trains one).")
+        for key in ("load", "student_init", "loss"):
+            if getattr(config, key) is not None:
+                sentences.append(f"--{key} has no meaning here: only the teacher's coders are trained; leave it out.")
     if isinstance(config, TrainConfig) and config.mode == "eval" and config.load is None:
         sentences.append("nothing to evaluate: give --load RUN_OR_FILE.")
     chosen = config.train_classes
@@ -114,7 +126,7 @@ def _device(config: RunConfig) -> list[str]:
 
 def _losses(config: RunConfig) -> list[str]:
     """What the objective asks of the command and of its batches."""
-    if isinstance(config, TrainConfig) and config.mode == "eval":
+    if isinstance(config, GranularityConfig) or (isinstance(config, TrainConfig) and config.mode == "eval"):
         return []
     sentences = []
     taught = any(loss.weight and TERMS[loss.name].reads_teacher for loss in losses_of(config))
@@ -131,6 +143,38 @@ def _losses(config: RunConfig) -> list[str]:
         ):
             sentences.append(f"loss {loss.name!r} compares images of one class; give --num_image_per_class 2 or more.")
     return sentences + _refusals((lambda: Objective(losses_of(config)),))
+
+
+def _granularity(config: DistillConfig) -> list[str]:
+    """--granularity, its file and its losses belong together."""
+    losses = [loss for loss in losses_of(config) if loss.weight]
+    asked = any(loss.name == "granularity" for loss in losses)
+    if config.mutual:
+        if config.granularity == "mas":
+            return ["--granularity mas steadies the logits of a fixed teacher; with --mutual give --granularity mag."]
+        if config.granularity_load is not None:
+            return ["the encoders of peers are trained along with them; leave --granularity_load or --mutual out."]
+        if asked and config.granularity is None:
+            return ["loss 'granularity' needs encoders for the peers; give --granularity mag."]
+        return []
+    if config.granularity is None:
+        if config.granularity_load is not None:
+            return ["--granularity_load needs --granularity mag (codes) or mas (codes and a stable target)."]
+        if asked:
+            return ["loss 'granularity' reads the teacher's coders; give --granularity mag --granularity_load FILE."]
+        return []
+    if config.granularity_load is None:
+        return [
+            "--granularity needs the teacher's coders: run `metric-kd granularity --teacher_load ...`, then give "
+            "--granularity_load FILE."
+        ]
+    on_logits = [loss for loss in losses if TERMS[loss.name].reads_teacher and "logits" in TERMS[loss.name].needs]
+    if config.granularity == "mas" and not on_logits:
+        return [
+            "--granularity mas replaces the teacher's logits by the stable ones, but no loss with a weight reads them, so "
+            "it would be mag; add one, as in --loss st:0.8,temperature=4, or give --granularity mag."
+        ]
+    return []
 
 
 def _refusals(checks: Iterable[Callable[[], object]]) -> list[str]:

@@ -1,11 +1,12 @@
 """Peers: networks that are trained together and teach each other."""
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 
 import torch
 from torch import Tensor, nn
 
 from metric_kd.devices import autocast
+from metric_kd.distill.granularity import Encoders
 from metric_kd.engine.tasks import ParameterGroup, Task, grouped, outputs_for, trainable
 from metric_kd.errors import UserError
 from metric_kd.losses.objective import LossSpec, Objective
@@ -25,14 +26,27 @@ class Mutual(Task):
 
     networks: name -> network, the first being the student. Raises ``UserError`` for terms with stages of their own,
     with a view of both networks, or that differentiate the networks.
+
+    encoders: name -> what sums up the pooled feature of that network, trained along with it and no part of it. The
+    outputs then carry codes for :class:`~metric_kd.distill.granularity.Granularity`. (The multi-granularity form of
+    arXiv 2108.06681; its terms between peers are averaged over the others like all.)
     """
 
-    def __init__(self, networks: dict[str, Network], losses: Sequence[LossSpec], precision: str = "fp32"):
+    student: Network
+
+    def __init__(
+        self,
+        networks: dict[str, Network],
+        losses: Sequence[LossSpec],
+        precision: str = "fp32",
+        encoders: Mapping[str, Encoders] | None = None,
+    ):
         super().__init__()
         if len(networks) < 2:
             raise UserError("mutual learning needs two networks or more; name a peer, as in --mutual resnet20.")
         self.student, *_ = networks.values()
         self.peers = nn.ModuleDict({name: network for name, network in networks.items() if network is not self.student})
+        self.encoders = nn.ModuleDict(encoders or {})
         self._names = list(networks)
         self.precision = precision
         losses = [loss for loss in losses if loss.weight]
@@ -60,7 +74,10 @@ class Mutual(Task):
         for network in self.networks.values():
             network.eval()
         with torch.no_grad():
-            outputs = {k: outputs_for(network, example.images, self._needs()) for k, network in self.networks.items()}
+            outputs = {
+                k: self._coded(k, outputs_for(network, example.images, self._needs()))
+                for k, network in self.networks.items()
+            }
             for k, j, objective in self._taught():
                 objective.build(outputs[k], outputs[j], num_classes)
             for k, objective in self._untaught():
@@ -74,7 +91,10 @@ class Mutual(Task):
 
     def parameter_groups(self) -> list[ParameterGroup]:
         """One group per network, as many independent optimisers would have, and those of the terms."""
-        groups = [ParameterGroup(params=trainable(network.parameters())) for network in self.networks.values()]
+        groups = [
+            ParameterGroup(params=trainable([*network.parameters(), *self._encoder_parameters(name)]))
+            for name, network in self.networks.items()
+        ]
         return [*groups, *(group for group in grouped([], self._objectives()) if group["params"])]
 
     def forward(self, batch: Batch) -> tuple[Tensor, dict[str, Tensor]]:
@@ -95,10 +115,19 @@ class Mutual(Task):
         return torch.stack(totals).sum(), {name: values[name] for name in self.loss_names}
 
     def _outputs(self, batch: Batch) -> dict[str, Output]:
-        return {name: network(batch.images, want=self._needs()) for name, network in self.networks.items()}
+        return {k: self._coded(k, network(batch.images, want=self._needs())) for k, network in self.networks.items()}
 
     def _needs(self) -> tuple[str, ...]:
         return tuple(sorted({need for objective in self._objectives() for need in objective.student_needs}))
+
+    def _coded(self, name: str, output: Output) -> Output:
+        """The output of a network with the codes of its encoders, where it has them."""
+        if name not in self.encoders or output.pooled is None:
+            return output
+        return output._replace(codes=self.encoders[name](output.pooled))
+
+    def _encoder_parameters(self, name: str) -> list[nn.Parameter]:
+        return list(self.encoders[name].parameters()) if name in self.encoders else []
 
     def _losses(self, k: str) -> list[str]:
         other = next(name for name in self._names if name != k)
@@ -137,4 +166,5 @@ def detached(output: Output) -> Output:
         t if t is None else t.detach() for t in (output.pooled, output.embedding, output.logits)
     )
     taps = output.taps and {key: t.detach() for key, t in output.taps.items()}
-    return Output(maps, preacts, pooled, embedding, logits, taps)
+    codes = output.codes and (output.codes[0].detach(), output.codes[1].detach())
+    return Output(maps, preacts, pooled, embedding, logits, taps, codes)

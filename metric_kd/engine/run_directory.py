@@ -118,6 +118,8 @@ class RunDirectory:
             self.best,
             self.card,
             self.config,
+            self.path / "analysis.json",
+            self.path / "cka.png",
             *self.path.glob("peer*.pth"),
         ):
             file.unlink(missing_ok=True)

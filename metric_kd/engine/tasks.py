@@ -11,6 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from metric_kd.devices import autocast
+from metric_kd.distill.granularity import CodedTeacher, Coders
 from metric_kd.errors import UserError
 from metric_kd.losses.objective import Objective
 from metric_kd.losses.term import Pair, Stage
@@ -25,7 +26,7 @@ class ParameterGroup(dict[str, Any]):
 class Viewed:
     """A network as terms may call it: under the precision of the run. ``network`` is the module itself."""
 
-    def __init__(self, network: Network, precision: str):
+    def __init__(self, network: Network | CodedTeacher, precision: str):
         self.network, self.precision = network, precision
 
     def __call__(self, images: Tensor, want: tuple[str, ...] = ("embedding",)) -> Output:
@@ -38,13 +39,13 @@ class Task(nn.Module):
     """What the trainer asks of a task: ``task(batch)`` gives (loss, {name: value}), and what follows."""
 
     loss_names: list[str]
-    student: Network
-    """The network that is the result of the run."""
+    student: Network | Coders
+    """What is the result of the run: a network, or the coders of a teacher."""
 
     @property
-    def networks(self) -> dict[str, Network]:
+    def networks(self) -> dict[str, Network] | dict[str, Coders]:
         """What is trained, by name; "student" is the result of the run."""
-        return {"student": self.student}
+        return {"student": self.student}  # type: ignore[return-value]
 
     @property
     def acting(self) -> list[str]:
@@ -73,7 +74,15 @@ class Solo(Task):
     neither trained nor saved and stays outside.
     """
 
-    def __init__(self, student: Network, teacher: Network | None, objective: Objective, precision: str = "fp32"):
+    student: Network
+
+    def __init__(
+        self,
+        student: Network,
+        teacher: Network | CodedTeacher | None,
+        objective: Objective,
+        precision: str = "fp32",
+    ):
         super().__init__()
         self.student = student
         self.objective = objective
@@ -85,7 +94,7 @@ class Solo(Task):
             teacher.eval().requires_grad_(False)
 
     @property
-    def teacher(self) -> Network | None:
+    def teacher(self) -> Network | CodedTeacher | None:
         return self._frozen[0]
 
     @property

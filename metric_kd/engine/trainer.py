@@ -12,6 +12,7 @@ from tqdm import tqdm
 
 from metric_kd import distributed
 from metric_kd.data.loading import ImageLoader
+from metric_kd.distill.granularity import Coders
 from metric_kd.engine import reproducibility
 from metric_kd.engine.checkpoint import write_checkpoint
 from metric_kd.engine.interruption import StopRequest
@@ -244,8 +245,8 @@ class Trainer:
             self._check_finite()
             write_checkpoint(self.run.best_of(name), {**self._state_of(self.task.networks[name]), "metrics": metrics})
 
-    def _state_of(self, network: Network) -> dict[str, Any]:
-        return {"network": network.spec.to_dict(), "model": network.state_dict(), **self.about}
+    def _state_of(self, network: Network | Coders) -> dict[str, Any]:
+        return {network.role: network.spec.to_dict(), "model": network.state_dict(), **self.about}
 
     def finish(self, metrics: dict[str, dict[str, float]]) -> None:
         """Write the results (network -> its metrics) where they are the networks of the last epoch."""

@@ -247,7 +247,9 @@ class Objective(nn.Module):
 
     def _needs(self, keys: Iterable[str], teacher: bool = False) -> tuple[str, ...]:
         terms = [self._term(key) for key in keys]
-        return tuple(sorted({need for term in terms if term.reads_teacher or not teacher for need in term.needs}))
+        if not teacher:
+            return tuple(sorted({need for term in terms for need in term.needs}))
+        return tuple(sorted({need for term in terms if term.reads_teacher for need in wanted_of_teacher(term)}))
 
     def _term(self, key: str) -> Term:
         term = self.terms[key]
@@ -268,10 +270,18 @@ def _the_pair(key: str, pair: Pair | None) -> Pair:
     return pair
 
 
+def wanted_of_teacher(term: Term | type[Term]) -> tuple[str, ...]:
+    """Fields that a term which reads a teacher reads from it."""
+    return term.needs if term.teacher_needs is None else term.teacher_needs
+
+
 def require_provided(owner: str, provides: frozenset[str], objective: Objective, *, teacher: bool = False) -> None:
     """Refuse, in one sentence, a network (``teacher``: in that role) that cannot give what the terms read."""
     for key, term in objective.items():
-        for need in term.needs if term.reads_teacher or not teacher else ():
+        wanted = term.needs
+        if teacher:
+            wanted = wanted_of_teacher(term) if term.reads_teacher else ()
+        for need in wanted:
             if need not in provides:
                 way_out = "train classifiers with --task classification, or " if need == "logits" else ""
                 way_out = f"{term.hint}, or " if term.hint else way_out

@@ -36,6 +36,8 @@ class Term(nn.Module):
 
     needs: ClassVar[tuple[str, ...]] = ("embedding",)
     """Fields of :class:`~metric_kd.types.Output` that the term reads from the student (and from the teacher)."""
+    teacher_needs: ClassVar[tuple[str, ...] | None] = None
+    """What it reads from the teacher where that is something else."""
     reads_teacher: ClassVar[bool] = False
     differentiates: ClassVar[bool] = False
     """Whether the term takes gradients of what the networks gave. Both outputs then have a graph, back to

@@ -77,6 +77,8 @@ class Network(nn.Module):
     provides: the fields of :class:`~metric_kd.types.Output` it can give. pooled_size, embedding_size: their widths.
     """
 
+    role = "network"
+    """Under this name a checkpoint holds the description."""
     pixel_scale: Tensor
     pixel_shift: Tensor
 

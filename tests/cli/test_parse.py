@@ -1,11 +1,13 @@
 """Flags, YAML and presets become one config; unknown keys are refused with a suggestion."""
 
 import pytest
+import yaml
 from pinned import case
 
-from metric_kd.cli.config import TrainConfig, default_save_dir
+from metric_kd.cli.config import TrainConfig, default_save_dir, to_dict, with_rate
 from metric_kd.cli.losses import fold
 from metric_kd.cli.parse import parse, presets
+from metric_kd.cli.session import make_settings
 from metric_kd.errors import UserError
 
 TEACHER = "--mode train --dataset cub200 --base resnet50 --sample distance --margin 0.2 --embedding_size 512 --save_dir teacher"
@@ -259,3 +261,27 @@ def test_milestones_by_number_win_over_shares_that_lie_below_them(tmp_path):
         assert (config.lr_decay_at, config.lr_decay_epochs) == (None, [3])
     file.write_text("task: classification\nlr_decay_epochs: [3]\nlr_decay_at: [0.5]\n")
     assert parse("train", ["--config", str(file)]).config.lr_decay_at == [0.5], "a saved config says both"
+
+
+def resolved(*flags):
+    """(lr, steps of it, config) as the run would have them."""
+    config = with_rate(parse("distill", ["--preset", "mgd", *flags]).config)
+    return config.lr, list(make_settings(config, 1).lr_decay_epochs), config
+
+
+def test_mobile_networks_have_the_rate_of_preset_mgd(tmp_path):
+    rate, milestones, config = resolved("--base", "resnet8_x4")
+    assert (rate, milestones, config.nesterov) == (0.05, [151, 181, 211], False)
+    mobile = ("mobilenet_v2_cifar", "shufflenet_v1_cifar", "shufflenet_v2_cifar")
+    for base in (*mobile, "mobilenet_v2", "shufflenet_v2_x1_0:pretrained=false"):
+        rate, _, config = resolved("--base", base)
+        assert rate == 0.01 and with_rate(config) == config
+        file = tmp_path / "again.yaml"
+        file.write_text(yaml.safe_dump({key: v for key, v in to_dict(config).items() if v is not None}))
+        assert with_rate(parse("distill", ["--config", str(file)]).config).lr == 0.01
+        assert with_rate(parse("distill", ["--config", str(file), "--lr", "0.3"]).config).lr == 0.3
+        assert resolved("--base", base, "--lr", "0.2")[0] == 0.2
+    assert resolved("--base", "resnet8", "--lr_for", "resnet*=0.3", "--lr_for", "*8=0.2")[0] == 0.3
+    for rule in ("resnet8", "=1", "resnet8=x", "resnet8=-1", "a=nan"):
+        with pytest.raises(UserError, match="is no rule"):
+            resolved("--lr_for", rule)

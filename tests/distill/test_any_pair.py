@@ -12,6 +12,8 @@ import metric_kd.distill  # noqa: F401 (registers the methods)
 import metric_kd.functional
 from metric_kd.cli.listing import main as list_main
 from metric_kd.distill.feature.lwm import class_attention
+from metric_kd.distill.granularity import CodedTeacher, Encoders
+from metric_kd.engine.coding import coders_for
 from metric_kd.engine.mutual import Mutual
 from metric_kd.engine.tasks import Solo
 from metric_kd.errors import UserError
@@ -59,6 +61,12 @@ def networks(pair, task):
     return [copy.deepcopy(original(base, size, width, seed)) for base, width, seed in pairs]
 
 
+def with_codes(teacher):
+    """The teacher with random coders, as --granularity_load gives it."""
+    field = "embedding" if teacher.spec.num_classes is None else "logits"
+    return CodedTeacher(teacher, coders_for(teacher, field, 4, 8))
+
+
 def batch(pair, *rows):
     indices = torch.tensor(rows)
     size = PAIRS[pair][2]
@@ -83,6 +91,8 @@ def built(spec, pair, task, precision="fp32"):
         require_provided("student", student.provides, Objective(losses))
         made = Mutual({"student": student, "peer": teacher}, losses, precision)
     else:
+        if losses[0].name == "granularity":
+            teacher = with_codes(teacher)
         objective = Objective(losses)
         require_provided("student", student.provides, objective)
         require_provided("teacher", teacher.provides, objective, teacher=True)
@@ -175,6 +185,7 @@ def test_lwm_refuses_maps_beside_the_way_to_the_logits():
 def test_all_methods_at_once(precision):
     """Their stages follow each other, and what one asks of the networks (gradients, other fields) harms no other."""
     student, teacher = networks("wider", "classification")
+    teacher = with_codes(teacher)
     task = Solo(student, teacher, Objective([parse_loss(f"{name}:1") for name in METHODS]), precision)
     task.build(batch("wider", 0, 1), 4, LABELS)
     assert [stage.name for _, stage in task.stages()] == ["ab", "fsp", "ft"]
@@ -206,7 +217,9 @@ def test_peers_teach_both_ways_or_are_refused_at_once(name):
         with pytest.raises(UserError, match=f"loss '{name}' .* cannot teach both ways; leave it out of --mutual"):
             Mutual({"student": student, "peer": peer}, losses)
         return
-    task = Mutual({"student": student, "peer": peer}, losses)
+    both = {"student": student, "peer": peer}
+    encoders = {key: Encoders(network.pooled_size, 4, 8) for key, network in both.items()}
+    task = Mutual(both, losses, encoders=encoders if name == "granularity" else None)
     task.build(batch("equal", 0, 1), 4, LABELS)
     train(task.train(), "equal")
 

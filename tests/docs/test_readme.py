@@ -42,6 +42,7 @@ def test_every_command_parses(file):
             "train": "train",
             "eval": "train",
             "distill": "distill",
+            "granularity": "granularity",
         }.get(name)
         if kind is not None:
             fold(parse(kind, rest).config)

@@ -1,0 +1,152 @@
+"""`metric-kd analyse RUN --against TEACHER`: how alike student and teacher are inside, on the test images.
+
+Writes analysis.json and cka.png into the run's directory: linear CKA of every layer with every layer, and the noise of
+the probabilities of all classes but the likeliest.
+"""
+
+import argparse
+import json
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any, Literal
+
+from torch import Tensor, nn
+
+from metric_kd.cli.goals import network_spec
+from metric_kd.cli.parse import one_sentence, parse, underscored
+from metric_kd.cli.session import Session, build, checked, run_of
+from metric_kd.data.loading import ImageLoader
+from metric_kd.data.transforms import Geometry
+from metric_kd.distill.granularity import CodedTeacher, Encoders
+from metric_kd.engine.checkpoint import read_checkpoint, restore_network, write_atomically, write_text
+from metric_kd.engine.coding import coded
+from metric_kd.errors import UserError
+from metric_kd.evaluation.analysis import linear_cka, non_target_noise, representations
+from metric_kd.models.backbone import Pixels
+from metric_kd.models.network import Network
+from metric_kd.report.heat_map import heat_map
+from metric_kd.types import Output
+
+LAYERS = ("maps", "pooled", "codes", "embedding", "logits")
+
+
+class Encoded(nn.Module):
+    """A student and the encoders with which it was trained."""
+
+    def __init__(self, network: Network, encoders: Encoders):
+        super().__init__()
+        self.network, self.encoders = network, encoders
+        self.spec, self.provides = network.spec, network.provides | {"codes"}
+
+    def forward(self, images: Tensor, want: tuple[str, ...]) -> Output:
+        output = self.network(images, want=tuple({*want, "pooled"} - {"codes"}))
+        return output._replace(codes=self.encoders(output.pooled)) if "codes" in want else output
+
+
+def main(arguments: Sequence[str], program: str | None = None) -> int:
+    try:
+        options = _parser(program).parse_args([underscored(token) for token in arguments])
+    except (argparse.ArgumentError, TypeError, ValueError) as error:
+        raise UserError(one_sentence(error)) from None
+    run = run_of(options.run)
+    config = run.stored_config() or {}
+    against = options.against or config.get("teacher_load")
+    if against is None:
+        raise UserError(f"{options.run} was trained without a teacher; name a network, as in --against RUN_OR_FILE.")
+    evaluation = ["--mode", "eval", "--load", options.run, "--batch", str(options.batch), "--device", options.device]
+    session = build(checked(parse("train", evaluation, program)))
+    try:
+        student, teacher = _networks(session, options.run, against, config)
+        found = analysis(session, student, teacher)
+    finally:
+        session.close()
+    report = {"student": str(options.run), "teacher": str(against), **found}
+    title = f"Linear CKA on {found['images']} test images of {session.config.dataset}"
+    picture = heat_map(found["cka"], found["student_layers"], found["teacher_layers"], (title, "student", "teacher"))
+    write_text(run.path / "analysis.json", json.dumps(report, indent=2) + "\n")
+    write_atomically(run.path / "cka.png", lambda file: file.write(picture))
+    for name, value in found["noise"].items():
+        print(f"noise of {name}: {value:.4f}")
+    print(f"linear CKA of the pooled features: {found['pooled_cka']:.4f}")
+    print(f"wrote {run.path / 'analysis.json'} and {run.path / 'cka.png'}")
+    return 0
+
+
+def analysis(session: Session, student: nn.Module, teacher: nn.Module) -> dict[str, Any]:
+    """Plain numbers: "cka"[student layer][teacher layer], "pooled_cka", and the mean "noise" of each that gives logits."""
+    ours = _layers(session, student, session.test)
+    theirs = _layers(session, teacher, _loader_for(session, teacher))
+    noise = {"student": ours, "teacher": theirs}
+    values = {name: non_target_noise(layers["logits"]) for name, layers in noise.items() if "logits" in layers}
+    if isinstance(teacher, CodedTeacher) and teacher.coders.spec.decodes == "logits":
+        teacher.stable = True
+        stable = _layers(session, teacher, _loader_for(session, teacher), ("logits",))
+        values["stable target"] = non_target_noise(stable["logits"])
+    return {
+        "images": len(ours["pooled"]),
+        "student_layers": list(ours),
+        "teacher_layers": list(theirs),
+        "cka": [[float(linear_cka(x, y)) for y in theirs.values()] for x in ours.values()],
+        "pooled_cka": float(linear_cka(ours["pooled"], theirs["pooled"])),
+        "noise": {name: float(value.mean()) for name, value in values.items()},
+    }
+
+
+def _layers(session: Session, network: Any, loader: ImageLoader, fields: tuple[str, ...] = LAYERS) -> dict[str, Tensor]:
+    want = [field for field in fields if field in network.provides]
+    if network.spec.embedding_size == 0 and "embedding" in want:
+        want.remove("embedding")  # the pooled feature itself
+    total = -(-len(loader.records) // session.config.batch)
+    return representations(
+        network, loader.test(session.config.batch), want, device=session.device, progress="looking", total=total
+    )
+
+
+def _loader_for(session: Session, network: Any) -> ImageLoader:
+    """The test images at the size that the network was trained with."""
+    if network.spec.input_size == session.config.input_size:
+        return session.test
+    return ImageLoader(session.test.records, Geometry(input_size=network.spec.input_size, flip=False), seed=0)
+
+
+def _networks(session: Session, path: str, against: str, config: dict[str, Any]) -> tuple[nn.Module, nn.Module]:
+    """Student and teacher, each with its encoders where the run was trained with coders of this teacher."""
+    student: nn.Module = session.student
+    spec = network_spec(session.config, "", Pixels(), {})
+    teacher: nn.Module = restore_network(against, spec, {}, "teacher").eval().requires_grad_(False)
+    coders = config.get("granularity_load")
+    if coders is not None and not Path(coders).exists():
+        print(f"{coders} is not there any more; codes are left out")
+    elif coders is not None and against == config.get("teacher_load"):
+        assert isinstance(teacher, Network) and isinstance(student, Network)
+        teacher = coded(teacher, coders, stable=False)
+        encoders = _encoders(path, student) if config.get("select") == "last" else None
+        student = student if encoders is None else Encoded(student, encoders)
+    return student.to(session.device), teacher.to(session.device)
+
+
+def _encoders(path: str, student: Network) -> Encoders | None:
+    """The student's encoders: they lie in last.pth, which belongs to the result only where that is the last epoch."""
+    last = run_of(path).last
+    if not last.is_file():
+        return None
+    start = "objective.terms.granularity.encoders."
+    state = {
+        key.removeprefix(start): value for key, value in read_checkpoint(last)["task"].items() if key.startswith(start)
+    }
+    if not state:
+        return None
+    encoders = Encoders(student.pooled_size, len(state["abstract.2.bias"]), len(state["detailed.2.bias"]))
+    encoders.load_state_dict(state)
+    return encoders
+
+
+def _parser(program: str | None) -> Any:
+    from jsonargparse import ArgumentParser
+
+    parser = ArgumentParser(prog=program, description=__doc__, allow_abbrev=False, exit_on_error=False)
+    parser.add_argument("run", type=str, help="run directory or checkpoint of the student")
+    parser.add_argument("--against", type=str, default=None, help="the other network; default the run's teacher")
+    parser.add_argument("--batch", type=int, default=256, help="images per forward pass")
+    parser.add_argument("--device", type=Literal["auto", "cpu", "cuda"], default="auto", help="where to compute")
+    return parser
