@@ -144,10 +144,20 @@ class GranularityConfig(RunConfig):
     eval_every: int = flag(10, "epochs between evaluations of the decoders")
 
 
+@dataclass(kw_only=True)
+class ProbeConfig(RunConfig):
+    """metric-kd probe RUN: a linear classifier on the frozen backbone of RUN (or of --load), on other images; preset probe."""
+
+    task: Literal["classification"] = flag("classification", "a probe is a classifier")  # type: ignore[assignment]
+    dataset: str = flag("stl10", "data set; `metric-kd list datasets`")
+    flip: bool = flag(True, "mirror training images at random, where the data set allows it")
+
+
 COMMANDS: dict[str, type[RunConfig]] = {
     "train": TrainConfig,
     "distill": DistillConfig,
     "granularity": GranularityConfig,
+    "probe": ProbeConfig,
 }
 
 

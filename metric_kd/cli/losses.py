@@ -3,7 +3,7 @@
 from dataclasses import replace
 
 import metric_kd.distill  # noqa: F401 (registers the methods)
-from metric_kd.cli.config import DistillConfig, GranularityConfig, RunConfig, TrainConfig
+from metric_kd.cli.config import DistillConfig, GranularityConfig, ProbeConfig, RunConfig, TrainConfig
 from metric_kd.errors import UserError
 from metric_kd.losses.objective import LossSpec, option_names, parse_loss
 from metric_kd.losses.samplers import SAMPLERS
@@ -18,6 +18,8 @@ def fold(config: RunConfig) -> RunConfig:
     if isinstance(config, GranularityConfig):
         return config  # what it minimises is no choice
     losses = [_on_logits(parse_loss(text), config) for text in config.loss or []]
+    if isinstance(config, ProbeConfig):
+        return replace(config, loss=[str(loss) for loss in losses or [_on_logits(parse_loss("cross_entropy"), config)]])
     if isinstance(config, TrainConfig):
         usual = "cross_entropy" if config.task == "classification" else "l2_triplet"
         losses = losses or [_on_logits(parse_loss(usual), config)]

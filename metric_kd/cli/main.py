@@ -12,6 +12,7 @@ COMMANDS = {
     "eval": "what a checkpoint achieves on the test images",
     "distill": "distil a teacher into a student (run_distill.py)",
     "granularity": "fit the coders of a teacher for run_distill.py --granularity",
+    "probe": "a linear classifier on the frozen backbone of a run, on another data set",
     "compare": "methods, weights and seeds of a YAML file, as one table",
     "analyse": "how alike a student and its teacher are inside",
     "embed": "write the embeddings of a folder of images",

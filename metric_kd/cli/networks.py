@@ -5,12 +5,13 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from metric_kd.cli.config import NETWORK_FIELDS, DistillConfig, GranularityConfig, RunConfig, is_evaluation
+from metric_kd.cli.config import NETWORK_FIELDS, DistillConfig, GranularityConfig, ProbeConfig, RunConfig, is_evaluation
 from metric_kd.cli.goals import network_spec
 from metric_kd.data.records import ImageRecords
 from metric_kd.distill.granularity import CodedTeacher, Coders
 from metric_kd.engine.checkpoint import read_checkpoint, restore_network, write_checkpoint
 from metric_kd.engine.coding import coded, coders_for
+from metric_kd.engine.probing import probed
 from metric_kd.errors import UserError
 from metric_kd.models import default_pixels, load_pretrained
 from metric_kd.models.backbone import Pixels
@@ -59,6 +60,10 @@ def student_of(
     if is_evaluation(config):
         assert config.load is not None
         return restore_network(config.load, spec, _given_fields(config, given, ""))
+    if isinstance(config, ProbeConfig):
+        assert config.load is not None
+        plain = replace(spec, num_classes=None)
+        return probed(restore_network(config.load, plain, _given_fields(config, given, "")), head["num_classes"])
     network = build_network(spec)
     if config.student_init is not None:
         notes.append(_start_together(network, config.student_init, config.pretrained))

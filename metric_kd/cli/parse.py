@@ -31,7 +31,7 @@ def parse(command: str, arguments: Sequence[str], program: str | None = None) ->
     """Defaults, then --preset, then --config, then the flags; the later wins.
 
     What a file says is turned into flags, so that one parser checks all values alike. A classification without a preset
-    starts from preset zoo: the defaults are those of metric learning.
+    starts from preset zoo: the defaults are those of metric learning. A probe starts from preset probe.
     """
     tokens = _explicit_booleans(command, [underscored(token) for token in arguments])
     _check_flags(command, tokens)
@@ -42,8 +42,8 @@ def parse(command: str, arguments: Sequence[str], program: str | None = None) ->
         files.append(_from_yaml(command, Path(path).read_text(), path))
     from_files = _layered(files)
     task = (_values_of(tokens, "--task") or [from_files.get("task")])[-1]
-    own_recipe = command == "granularity" or task != "classification" or bool(_values_of(tokens, "--preset"))
-    implied = {} if own_recipe else _preset(command, "zoo")
+    recipe = {"granularity": None, "probe": "probe"}.get(command, "zoo" if task == "classification" else None)
+    implied = {} if recipe is None or _values_of(tokens, "--preset") else _preset(command, recipe)
     flags = {token[2:].split("=")[0] for token in tokens if token.startswith("--")}
     values = _layered([implied, from_files, dict.fromkeys(flags)])
     # What a flag gives need not come from a file as well: repeatable flags replace those of a file, they do not add to them.

@@ -7,7 +7,15 @@ from typing import Any
 import torch
 
 from metric_kd import distributed
-from metric_kd.cli.config import NETWORK_FIELDS, DistillConfig, GranularityConfig, RunConfig, is_evaluation, with_rate
+from metric_kd.cli.config import (
+    NETWORK_FIELDS,
+    DistillConfig,
+    GranularityConfig,
+    ProbeConfig,
+    RunConfig,
+    is_evaluation,
+    with_rate,
+)
 from metric_kd.cli.goals import Decoding, Goal, goal_of, load_splits
 from metric_kd.cli.losses import fold, losses_of
 from metric_kd.cli.networks import coders_of, peers_of, student_of, teacher_of
@@ -23,6 +31,7 @@ from metric_kd.engine.checkpoint import read_checkpoint
 from metric_kd.engine.coding import Coding
 from metric_kd.engine.mutual import Mutual
 from metric_kd.engine.optimisation import Settings, milestone
+from metric_kd.engine.probing import Probe
 from metric_kd.engine.reproducibility import deterministic_algorithms
 from metric_kd.engine.run_directory import RunDirectory
 from metric_kd.engine.tasks import Solo
@@ -79,7 +88,7 @@ def checked(parsed: Parsed) -> Parsed:
     input sizes. Raises ``UserError`` with the first thing that is wrong with it.
     """
     load_plugins(parsed.config.plugins)
-    config = with_checkpoints(_with_goal(with_rate(fold(parsed.config)), parsed.given), parsed.given)
+    config = with_rate(with_checkpoints(_with_goal(fold(parsed.config), parsed.given), parsed.given))
     sentences = validate(config)
     if sentences:
         raise UserError(sentences[0])
@@ -194,7 +203,10 @@ def make_task(session: Session) -> Solo | Mutual | Coding:
         for key, term in objective.items():
             if distributed.world_size() > 1 and term.one_process:
                 raise UserError(f"loss {key!r} remembers every image in one process; run it without torchrun.")
-        task = Solo(session.student, session.teacher, objective, config.precision)
+        if isinstance(config, ProbeConfig):
+            task = Probe(session.student, objective, config.precision)
+        else:
+            task = Solo(session.student, session.teacher, objective, config.precision)
     records = session.train.records
     task = task.to(session.device)
     task.build(session.train.example(2).to(session.device), records.num_classes, torch.from_numpy(records.labels))
@@ -246,6 +258,8 @@ def with_checkpoints(config: RunConfig, given: frozenset[str]) -> RunConfig:
     if isinstance(config, GranularityConfig) and config.teacher_load is not None:
         config = _adopt(config, config.teacher_load, "", given, "teacher")
         config = _with_data_of(config, config.teacher_load, given)
+    if isinstance(config, ProbeConfig) and config.load is not None:
+        config = _adopt(config, config.load, "", given, "checkpoint")
     if is_evaluation(config) and config.load is not None:
         config = _adopt(config, config.load, "", given, "checkpoint")
         config = _with_data_of(config, config.load, given)
@@ -283,11 +297,15 @@ def _loaders(
         "pin_memory": config.device != "cpu" and torch.cuda.is_available(),
         "progress": distributed.is_main(),
     }
-    test_only = Geometry(input_size=size, flip=False)
+    flip, side = fit.flip, None
+    if isinstance(config, ProbeConfig):  # the whole image, shrunk, as the papers do
+        flip, side = flip and config.flip, size
+    test_only = Geometry(input_size=size, resize=side, flip=False)
     other = config.teacher_input_size if isinstance(config, DistillConfig) and not config.mutual else None
     other = None if other == size else other
     test = ImageLoader(splits.test, test_only, **common)
     if evaluating:
         return test, None, test
     held = None if validation is None else ImageLoader(validation, test_only, **common)
-    return ImageLoader(fit, Geometry(input_size=size, teacher_input_size=other, flip=fit.flip), **common), held, test
+    geometry = Geometry(input_size=size, teacher_input_size=other, resize=side, flip=flip)
+    return ImageLoader(fit, geometry, **common), held, test

@@ -4,7 +4,7 @@ from collections.abc import Callable, Iterable
 from functools import partial
 from pathlib import Path
 
-from metric_kd.cli.config import DistillConfig, GranularityConfig, RunConfig, TrainConfig
+from metric_kd.cli.config import DistillConfig, GranularityConfig, ProbeConfig, RunConfig, TrainConfig
 from metric_kd.cli.goals import is_number
 from metric_kd.cli.losses import losses_of
 from metric_kd.data import DATASETS
@@ -98,6 +98,11 @@ def _files(config: RunConfig) -> list[str]:
         for key in ("load", "student_init", "loss"):
             if getattr(config, key) is not None:
                 sentences.append(f"--{key} has no meaning here: only the teacher's coders are trained; leave it out.")
+    if isinstance(config, ProbeConfig):
+        if config.load is None:
+            sentences.append("nothing to probe: name a run or a checkpoint, as in `metric-kd probe RUN`.")
+        if config.freeze_bn:
+            sentences.append("a probe's backbone is frozen as it is; leave --freeze_bn out.")
     if isinstance(config, TrainConfig) and config.mode == "eval" and config.load is None:
         sentences.append("nothing to evaluate: give --load RUN_OR_FILE.")
     chosen = config.train_classes

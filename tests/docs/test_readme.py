@@ -10,6 +10,7 @@ from tiny import ROOT, command
 
 from metric_kd.cli.losses import fold
 from metric_kd.cli.parse import parse
+from metric_kd.cli.probe import as_flags
 
 README = (ROOT / "README.md").read_text()
 
@@ -43,7 +44,9 @@ def test_every_command_parses(file):
             "eval": "train",
             "distill": "distill",
             "granularity": "granularity",
+            "probe": "probe",
         }.get(name)
+        rest = as_flags(rest) if kind == "probe" else rest
         if kind is not None:
             fold(parse(kind, rest).config)
 
