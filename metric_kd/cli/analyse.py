@@ -14,7 +14,8 @@ from torch import Tensor, nn
 
 from metric_kd.cli.goals import network_spec
 from metric_kd.cli.parse import one_sentence, parse, underscored
-from metric_kd.cli.session import Session, build, checked, run_of
+from metric_kd.cli.session import Session, build, checked
+from metric_kd.cli.stored import run_of
 from metric_kd.data.loading import ImageLoader
 from metric_kd.data.transforms import Geometry
 from metric_kd.distill.granularity import CodedTeacher, Encoders

@@ -3,7 +3,8 @@
 from collections.abc import Sequence
 
 from metric_kd.cli.parse import Parsed, parse
-from metric_kd.cli.session import build, checked, run_of
+from metric_kd.cli.session import build, checked
+from metric_kd.cli.stored import run_of
 
 
 def main(arguments: Sequence[str], program: str | None = None) -> int:

@@ -1,14 +1,12 @@
-"""From a config to the things that run: data, networks, objective, trainer. Both commands are built here."""
+"""From a config to the things that run: data, networks, objective, trainer. Every command is built here."""
 
 from dataclasses import dataclass, field, replace
-from pathlib import Path
 from typing import Any
 
 import torch
 
 from metric_kd import distributed
 from metric_kd.cli.config import (
-    NETWORK_FIELDS,
     DistillConfig,
     GranularityConfig,
     ProbeConfig,
@@ -21,6 +19,7 @@ from metric_kd.cli.losses import fold, losses_of
 from metric_kd.cli.networks import coders_of, peers_of, student_of, teacher_of
 from metric_kd.cli.parse import Parsed
 from metric_kd.cli.plugins import load_plugins
+from metric_kd.cli.stored import with_checkpoints
 from metric_kd.cli.validate import validate
 from metric_kd.data.loading import ImageLoader
 from metric_kd.data.records import Splits
@@ -33,13 +32,12 @@ from metric_kd.engine.mutual import Mutual
 from metric_kd.engine.optimisation import Settings, milestone
 from metric_kd.engine.probing import Probe
 from metric_kd.engine.reproducibility import deterministic_algorithms
-from metric_kd.engine.run_directory import RunDirectory
 from metric_kd.engine.tasks import Solo
 from metric_kd.errors import UserError
 from metric_kd.evaluation.classification import default_top
 from metric_kd.losses.objective import LossSpec, Objective, require_provided
 from metric_kd.models import check_base
-from metric_kd.models.network import Network, NetworkSpec
+from metric_kd.models.network import Network
 
 
 @dataclass
@@ -241,45 +239,6 @@ def make_settings(config: RunConfig, iterations: int) -> Settings:
         seed=config.seed,
         save_minutes=config.save_minutes,
     )
-
-
-def run_of(path: str) -> RunDirectory:
-    """The run to which a directory or a checkpoint in it belongs."""
-    return RunDirectory(path if Path(path).is_dir() else Path(path).parent)
-
-
-def with_checkpoints(config: RunConfig, given: frozenset[str]) -> RunConfig:
-    """What a checkpoint says of its network, and a run to evaluate of its data, replaces the defaults.
-
-    Flags that contradict a checkpoint are kept here and refused when it is loaded.
-    """
-    if isinstance(config, DistillConfig) and config.teacher_load is not None:
-        config = _adopt(config, config.teacher_load, "teacher_", given, "teacher")
-    if isinstance(config, GranularityConfig) and config.teacher_load is not None:
-        config = _adopt(config, config.teacher_load, "", given, "teacher")
-        config = _with_data_of(config, config.teacher_load, given)
-    if isinstance(config, ProbeConfig) and config.load is not None:
-        config = _adopt(config, config.load, "", given, "checkpoint")
-    if is_evaluation(config) and config.load is not None:
-        config = _adopt(config, config.load, "", given, "checkpoint")
-        config = _with_data_of(config, config.load, given)
-    return config
-
-
-def _with_data_of(config: Any, path: str, given: frozenset[str]) -> Any:
-    """The data on which a run was trained, where the flags do not say another."""
-    stored = run_of(path).stored_config() or {}
-    keys = ("task", "dataset", "data", "labels", "train_classes", "recall", "top")
-    return replace(config, **{key: stored[key] for key in keys if key in stored and key not in given})
-
-
-def _adopt(config: Any, path: str, prefix: str, given: frozenset[str], role: str) -> Any:
-    content = read_checkpoint(path, role)
-    if "network" not in content:
-        return config
-    spec = NetworkSpec.from_dict(content["network"])
-    stored = {f"{prefix}{field}": getattr(spec, field) for field in NETWORK_FIELDS}
-    return replace(config, **{key: value for key, value in stored.items() if key not in given})
 
 
 def _loaders(

@@ -1,0 +1,49 @@
+"""What a checkpoint, or the run to which it belongs, says of a config: its network and its data."""
+
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+from metric_kd.cli.config import NETWORK_FIELDS, DistillConfig, GranularityConfig, ProbeConfig, RunConfig, is_evaluation
+from metric_kd.engine.checkpoint import read_checkpoint
+from metric_kd.engine.run_directory import RunDirectory
+from metric_kd.models.network import NetworkSpec
+
+
+def run_of(path: str) -> RunDirectory:
+    """The run to which a directory or a checkpoint in it belongs."""
+    return RunDirectory(path if Path(path).is_dir() else Path(path).parent)
+
+
+def with_checkpoints(config: RunConfig, given: frozenset[str]) -> RunConfig:
+    """What a checkpoint says of its network, and a run to evaluate of its data, replaces the defaults.
+
+    Flags that contradict a checkpoint are kept here and refused when it is loaded.
+    """
+    if isinstance(config, DistillConfig) and config.teacher_load is not None:
+        config = _adopt(config, config.teacher_load, "teacher_", given, "teacher")
+    if isinstance(config, GranularityConfig) and config.teacher_load is not None:
+        config = _adopt(config, config.teacher_load, "", given, "teacher")
+        config = _with_data_of(config, config.teacher_load, given)
+    if isinstance(config, ProbeConfig) and config.load is not None:
+        config = _adopt(config, config.load, "", given, "checkpoint")
+    if is_evaluation(config) and config.load is not None:
+        config = _adopt(config, config.load, "", given, "checkpoint")
+        config = _with_data_of(config, config.load, given)
+    return config
+
+
+def _with_data_of(config: Any, path: str, given: frozenset[str]) -> Any:
+    """The data on which a run was trained, where the flags do not say another."""
+    stored = run_of(path).stored_config() or {}
+    keys = ("task", "dataset", "data", "labels", "train_classes", "recall", "top")
+    return replace(config, **{key: stored[key] for key in keys if key in stored and key not in given})
+
+
+def _adopt(config: Any, path: str, prefix: str, given: frozenset[str], role: str) -> Any:
+    content = read_checkpoint(path, role)
+    if "network" not in content:
+        return config
+    spec = NetworkSpec.from_dict(content["network"])
+    stored = {f"{prefix}{field}": getattr(spec, field) for field in NETWORK_FIELDS}
+    return replace(config, **{key: value for key, value in stored.items() if key not in given})
