@@ -34,6 +34,9 @@ class RunConfig:
     base: str = flag("resnet50", "backbone, with options as name:option=value; `metric-kd list backbones`")
     embedding_size: int = flag(128, "length of the embedding; 0: the pooled feature itself")
     l2normalize: bool = flag(True, "scale embeddings to length 1")
+    classifier: bool = flag(
+        False, "embedding: a classifier of the training classes beside the embedding, for losses that read logits"
+    )
     load: str | None = flag(None, "checkpoint or run to start from (to evaluate in eval mode)")
     student_init: str | None = flag(
         None, "file of starting weights that several runs share; written by the first of them"

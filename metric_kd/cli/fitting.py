@@ -58,6 +58,7 @@ def _fit(
 ) -> dict[str, float]:
     loader, prefix = (session.test, "") if session.validation is None else (session.validation, "val_")
     first = next(iter(session.metrics))
+    head_is_free = not session.goal.head(session.train.records.num_classes)
     trainer = Trainer(
         task,
         make_settings(session.config, len(batches.epoch(1))),
@@ -69,7 +70,7 @@ def _fit(
         select=None if session.config.select == "last" else f"{prefix}{first}",
         eval_every=session.config.eval_every,
         config=config,
-        about={"classes": list(session.train.records.class_names)} if session.config.task == "classification" else None,
+        about=None if head_is_free else {"classes": list(session.train.records.class_names)},
     )
     trainer.environment |= {"data": session.train.records.fingerprint()}
     if session.teacher is not None:

@@ -60,13 +60,19 @@ class Goal(Protocol):
 
 
 class Retrieval:
-    """Embeddings, measured by Recall@K on classes that were not trained on."""
+    """Embeddings, measured by Recall@K on classes that were not trained on.
+
+    classifier: whether networks also tell the training classes apart, for losses that read logits.
+    """
+
+    def __init__(self, classifier: bool = False):
+        self.classifier = classifier
 
     def hold_out(self, train: ImageRecords) -> Splits:
         return hold_out_classes(train)
 
     def head(self, classes: int) -> dict[str, Any]:
-        return {}
+        return {"num_classes": classes} if self.classifier else {}
 
     def batches(self, config: RunConfig, losses: list[LossSpec], records: ImageRecords) -> ClassBalancedBatches:
         return ClassBalancedBatches(
@@ -196,7 +202,7 @@ class Decoding:
 
 def goal_of(config: RunConfig) -> Goal:
     """The goal that --task names."""
-    return Classification() if config.task == "classification" else Retrieval()
+    return Classification() if config.task == "classification" else Retrieval(config.classifier)
 
 
 def load_splits(config: RunConfig) -> Splits:

@@ -53,7 +53,11 @@ def losses_of(config: RunConfig) -> list[LossSpec]:
 
 def _on_logits(loss: LossSpec, config: RunConfig) -> LossSpec:
     """Cross entropy reads the classifier of a network that has one, instead of training its own."""
-    if config.task == "classification" and loss.name == "cross_entropy" and "features" not in loss.options:
+    if (
+        (config.task == "classification" or config.classifier)
+        and loss.name == "cross_entropy"
+        and "features" not in loss.options
+    ):
         return loss._replace(options={**loss.options, "features": "logits"})
     return loss
 

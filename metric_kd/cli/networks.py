@@ -49,7 +49,7 @@ def coders_of(config: GranularityConfig, given: frozenset[str], head: dict[str, 
         raise UserError(
             f"the teacher tells {classes} classes apart and the data has {known}; give the data that it was trained on."
         )
-    decodes = "logits" if config.task == "classification" else "embedding"
+    decodes = "logits" if config.task == "classification" or config.classifier else "embedding"
     return coders_for(teacher, decodes, config.abstract_dim, config.detailed_dim), teacher
 
 

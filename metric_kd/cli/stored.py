@@ -36,7 +36,7 @@ def with_checkpoints(config: RunConfig, given: frozenset[str]) -> RunConfig:
 def _with_data_of(config: Any, path: str, given: frozenset[str]) -> Any:
     """The data on which a run was trained, where the flags do not say another."""
     stored = run_of(path).stored_config() or {}
-    keys = ("task", "dataset", "data", "labels", "train_classes", "recall", "top")
+    keys = ("task", "classifier", "dataset", "data", "labels", "train_classes", "recall", "top")
     return replace(config, **{key: stored[key] for key in keys if key in stored and key not in given})
 
 

@@ -88,7 +88,9 @@ class Decoded(nn.Module):
 
     def forward(self, images: Tensor, want: tuple[str, ...] = ("embedding",)) -> Output:
         pooled = self.teacher(images, want=("pooled",)).pooled
-        return Output(**{self.coders.spec.decodes: self.coders(pooled)[self.branch]})
+        decoded = self.coders(pooled)[self.branch]
+        # Of classes that were not trained on, logits retrieve as an embedding does.
+        return Output(embedding=decoded) if "embedding" in want else Output(logits=decoded)
 
 
 def read_coders(path: "Path | str", teacher: Network) -> Coders:

@@ -283,7 +283,11 @@ def require_provided(owner: str, provides: frozenset[str], objective: Objective,
             wanted = wanted_of_teacher(term) if term.reads_teacher else ()
         for need in wanted:
             if need not in provides:
-                way_out = "train classifiers with --task classification, or " if need == "logits" else ""
+                way_out = (
+                    "train classifiers (--task classification, or --classifier true beside an embedding), or "
+                    if need == "logits"
+                    else ""
+                )
                 way_out = f"{term.hint}, or " if term.hint else way_out
                 raise UserError(
                     f"loss {key!r} reads {need}, which the {owner} does not give "

@@ -9,6 +9,7 @@ from metric_kd.cli.distill import main as distill
 from metric_kd.cli.granularity import main as granularity
 from metric_kd.cli.train import main as train
 from metric_kd.data import market1501
+from metric_kd.engine.checkpoint import read_checkpoint
 from metric_kd.errors import UserError
 
 
@@ -54,7 +55,7 @@ def test_market_trains_and_is_measured_across_cameras(market, tmp_path, select, 
 
 
 def test_the_recipe_of_mag_with_rkd_runs_across_cameras(market, tmp_path):
-    """Teacher, coders and student of examples/market1501.sh; the stable target needs logits, which embeddings have not."""
+    """An embedding without a classifier has codes, but no logits for a stable target."""
     data = ["--dataset", "market1501", "--data", str(market)]
     teacher, coders, student = (str(tmp_path / name) for name in ("teacher", "coders", "student"))
     assert train([*TINY, *data, "--input_size", "32", "--epochs", "1", "--save_dir", teacher]) == 0
@@ -78,3 +79,19 @@ def test_the_recipe_of_mag_with_rkd_runs_across_cameras(market, tmp_path):
     assert "Best mAP:" in (tmp_path / "student" / "result.txt").read_text()
     with pytest.raises(UserError, match="give; use --granularity mag"):
         distill([*taught, *losses, "--loss", "st:1", "--granularity", "mas", "--save_dir", str(tmp_path / "mas")])
+
+
+def test_the_recipe_of_mas_with_rkd_runs_across_cameras(market, tmp_path):
+    """Teacher, coders and student of examples/market1501.sh: embeddings with a classifier of the training people beside."""
+    data = [*TINY, "--dataset", "market1501", "--data", str(market), "--input_size", "32", "--epochs", "1"]
+    data += ["--classifier", "true", "--loss", "cross_entropy:1"]
+    teacher, coders, student = (str(tmp_path / name) for name in ("teacher", "coders", "student"))
+    assert train([*data, "--loss", "l2_triplet:1,sample=hard", "--save_dir", teacher]) == 0
+    stored = read_checkpoint(teacher)
+    assert stored["network"]["num_classes"] == 6 and len(stored["classes"]) == 6
+    assert granularity(["--teacher_load", teacher, "--save_dir", coders, "--epochs", "1", "--batch", "12"]) == 0
+    assert read_checkpoint(coders)["coders"]["decodes"] == "logits"
+    taught = [*data, "--teacher_load", teacher, "--granularity", "mas", "--granularity_load", coders]
+    assert distill([*taught, "--loss", "st:0.8", "--dist_ratio", "1", "--angle_ratio", "2", "--save_dir", student]) == 0
+    assert "Best mAP:" in (tmp_path / "student" / "result.txt").read_text()
+    assert train(["--mode", "eval", "--load", student]) == 0
