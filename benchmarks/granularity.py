@@ -82,6 +82,7 @@ def accuracies(bench: Bench, teacher: Network, coders: Coders, seeds: int, out: 
     arms: dict[str, tuple[list[str], str | None, int]] = {
         "alone": ([], None, bench.steps),
         "alone, twice the steps": ([], None, 2 * bench.steps),
+        "alone, three times the steps": ([], None, 3 * bench.steps),
     }
     arms |= {name: (losses, which, bench.steps) for name, (losses, which) in ARMS.items()}
     results: dict[str, Any] = json.loads(out.read_text()) if out is not None and out.is_file() else {}

@@ -7,11 +7,13 @@ the probabilities of all classes but the likeliest.
 import argparse
 import json
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, Literal
 
 from torch import Tensor, nn
 
+from metric_kd.cli.config import NETWORK_FIELDS
 from metric_kd.cli.goals import network_spec
 from metric_kd.cli.parse import one_sentence, parse, underscored
 from metric_kd.cli.session import Session, build, checked
@@ -19,7 +21,7 @@ from metric_kd.cli.stored import run_of
 from metric_kd.data.loading import ImageLoader
 from metric_kd.data.transforms import Geometry
 from metric_kd.distill.granularity import CodedTeacher, Encoders
-from metric_kd.engine.checkpoint import read_checkpoint, restore_network, write_atomically, write_text
+from metric_kd.engine.checkpoint import find_checkpoint, read_checkpoint, restore_network, write_atomically, write_text
 from metric_kd.engine.coding import coded
 from metric_kd.errors import UserError
 from metric_kd.evaluation.analysis import linear_cka, non_target_noise, representations
@@ -49,12 +51,15 @@ def main(arguments: Sequence[str], program: str | None = None) -> int:
         options = _parser(program).parse_args([underscored(token) for token in arguments])
     except (argparse.ArgumentError, TypeError, ValueError) as error:
         raise UserError(one_sentence(error)) from None
+    find_checkpoint(options.run)
     run = run_of(options.run)
     config = run.stored_config() or {}
     against = options.against or config.get("teacher_load")
     if against is None:
         raise UserError(f"{options.run} was trained without a teacher; name a network, as in --against RUN_OR_FILE.")
     evaluation = ["--mode", "eval", "--load", options.run, "--batch", str(options.batch), "--device", options.device]
+    evaluation += ["--skip_unreadable"] if config.get("skip_unreadable") else []
+    evaluation += [f"--plugins={plugin}" for plugin in config.get("plugins", [])]
     session = build(checked(parse("train", evaluation, program)))
     try:
         student, teacher = _networks(session, options.run, against, config)
@@ -107,18 +112,22 @@ def _loader_for(session: Session, network: Any) -> ImageLoader:
     """The test images at the size that the network was trained with."""
     if network.spec.input_size == session.config.input_size:
         return session.test
-    return ImageLoader(session.test.records, Geometry(input_size=network.spec.input_size, flip=False), seed=0)
+    geometry = Geometry(input_size=network.spec.input_size, flip=False)
+    return ImageLoader(session.test.records, geometry, seed=0, workers=session.config.workers)
 
 
 def _networks(session: Session, path: str, against: str, config: dict[str, Any]) -> tuple[nn.Module, nn.Module]:
     """Student and teacher, each with its encoders where the run was trained with coders of this teacher."""
     student: nn.Module = session.student
-    spec = network_spec(session.config, "", Pixels(), {})
+    own = config.get("teacher_load")
+    same = own is not None and find_checkpoint(against, "teacher") == find_checkpoint(own, "teacher")
+    described = {field: config[f"teacher_{field}"] for field in NETWORK_FIELDS if same and f"teacher_{field}" in config}
+    spec = network_spec(replace(session.config, **described), "", Pixels(), {})
     teacher: nn.Module = restore_network(against, spec, {}, "teacher").eval().requires_grad_(False)
     coders = config.get("granularity_load")
     if coders is not None and not Path(coders).exists():
         print(f"{coders} is not there any more; codes are left out")
-    elif coders is not None and against == config.get("teacher_load"):
+    elif coders is not None and same:
         assert isinstance(teacher, Network) and isinstance(student, Network)
         teacher = coded(teacher, coders, stable=False)
         encoders = _encoders(path, student) if config.get("select") == "last" else None

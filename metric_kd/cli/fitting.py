@@ -8,7 +8,7 @@ from typing import Any, NamedTuple
 from tqdm import tqdm
 
 from metric_kd import distributed
-from metric_kd.cli.config import default_save_dir, to_dict
+from metric_kd.cli.config import GranularityConfig, default_save_dir, to_dict
 from metric_kd.cli.networks import share_start
 from metric_kd.cli.parse import Parsed
 from metric_kd.cli.session import Session, build, checked, make_batches, make_settings, make_task
@@ -32,7 +32,9 @@ def fit(command: str, parsed: Parsed) -> dict[str, float]:
     if not fresh:
         run.check_config(config)
         finished = run.finished(parsed.config.epochs)
-        if finished is not None:
+        if finished is not None and not isinstance(
+            parsed.config, GranularityConfig
+        ):  # whose teacher may be another now
             say(f"{run.path} is finished:\n{finished}")
             return dict(run.card_content()["metrics"]["best"])
     session = build(parsed)

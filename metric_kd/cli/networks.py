@@ -39,7 +39,9 @@ def teacher_of(config: RunConfig, given: frozenset[str], head: dict[str, Any]) -
     return coded(teacher, config.granularity_load, stable=config.granularity == "mas")
 
 
-def coders_of(config: GranularityConfig, given: frozenset[str], head: dict[str, Any]) -> tuple[Coders, Network]:
+def coders_of(
+    config: GranularityConfig, given: frozenset[str], head: dict[str, Any], names: tuple[str, ...]
+) -> tuple[Coders, Network]:
     """Coders to be fitted, and the teacher that the config names; classifiers must tell the classes of the data apart."""
     assert config.teacher_load is not None
     fallback = network_spec(config, "", default_pixels(config.base) or Pixels(), head)
@@ -48,6 +50,10 @@ def coders_of(config: GranularityConfig, given: frozenset[str], head: dict[str, 
     if known is not None and classes is not None and classes != known:
         raise UserError(
             f"the teacher tells {classes} classes apart and the data has {known}; give the data that it was trained on."
+        )
+    if known is not None and read_checkpoint(config.teacher_load, "teacher").get("classes", list(names)) != list(names):
+        raise UserError(
+            "the teacher tells other classes apart than the data has; give the data that it was trained on."
         )
     decodes = "logits" if config.task == "classification" or config.classifier else "embedding"
     return coders_for(teacher, decodes, config.abstract_dim, config.detailed_dim), teacher

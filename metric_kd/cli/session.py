@@ -126,7 +126,7 @@ def build(parsed: Parsed) -> Session:
     student: Network | Coders
     if isinstance(config, GranularityConfig):
         torch.manual_seed(config.seed)
-        student, teacher = coders_of(config, given, head)
+        student, teacher = coders_of(config, given, head, splits.train.class_names)
     else:
         teacher = teacher_of(config, given, head)
         torch.manual_seed(config.seed)

@@ -134,6 +134,12 @@ def _losses(config: RunConfig) -> list[str]:
     if isinstance(config, GranularityConfig) or (isinstance(config, TrainConfig) and config.mode == "eval"):
         return []
     sentences = []
+    if isinstance(config, ProbeConfig):
+        sentences += [
+            f"a probe trains a classifier of frozen features and loss {loss.name!r} does not; leave it out."
+            for loss in losses_of(config)
+            if loss.weight and loss.options.get("features") != "logits"
+        ]
     taught = any(loss.weight and TERMS[loss.name].reads_teacher for loss in losses_of(config))
     if isinstance(config, DistillConfig) and config.mutual and not taught:
         sentences.append("the peers learn nothing from each other; add a loss between them, as in --loss dml:1.")

@@ -115,6 +115,10 @@ def restore_network(
     plain state dict (``base.*``, ``linear.*``) is loaded into ``fallback``.
     """
     content = read_checkpoint(path, role)
+    if "coders" in content:
+        raise UserError(
+            f"the {role} {path} holds the coders of a teacher, not a network; give it as --granularity_load."
+        )
     spec = fallback
     if "network" in content:
         spec = NetworkSpec.from_dict(content["network"])

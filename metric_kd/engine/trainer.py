@@ -292,6 +292,12 @@ class Trainer:
                 self.run.cut_history(0)
             return False
         state = self.run.read_last(self.config)
+        student = self.task.student
+        if state[student.role] != student.spec.to_dict():
+            raise UserError(
+                f"{self.run.path} holds other {student.role} than these, of another teacher or form; give another "
+                "--save_dir, or --resume never to start over."
+            )
         stored = state["environment"]
         for key, value in self.environment.items():
             if stored.get(key) != value and distributed.is_main():

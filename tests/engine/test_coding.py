@@ -5,6 +5,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from tiny import write_images
 
 from metric_kd.cli.distill import main as distill
 from metric_kd.cli.granularity import main as fit_coders
@@ -306,3 +307,53 @@ def test_losses_of_peers_may_be_averaged_over_entries(image_folder, tmp_path):
         found.append(records(tmp_path / str(k))[0]["losses"])
     assert found[0]["student_dml"] == pytest.approx(8 * found[1]["student_dml"], rel=1e-3)
     assert found[0]["peer1_granularity"] == pytest.approx(64 * found[1]["peer1_granularity"], rel=1e-3)
+
+
+def test_coders_of_a_retrained_teacher_are_not_gone_on_with(image_folder, tmp_path):
+    """The file names the teacher it was fitted to; half its steps on another one would make that a lie."""
+    teacher = [*SMALL, "--epochs", "1", "--data", str(image_folder), "--save_dir", str(tmp_path / "teacher")]
+    train(teacher)
+    fit = [*BRIEF, "--epochs", "1", "--teacher_load", str(tmp_path / "teacher"), "--save_dir", str(tmp_path / "coders")]
+    fit_coders(fit)
+    train([*teacher, "--seed", "7", "--resume", "never"])
+    for epochs in ("1", "2"):
+        with pytest.raises(UserError, match="holds other coders than these.*--resume never"):
+            fit_coders([*fit, "--epochs", epochs])
+    fit_coders([*fit, "--resume", "never"])
+
+
+def test_coders_need_the_classes_of_their_teacher(classifier, tmp_path):
+    other = write_images(tmp_path / "other", classes=8, per_class=4)
+    for folder in sorted(other.iterdir()):
+        folder.rename(other / f"x{folder.name}")
+    with pytest.raises(UserError, match="tells other classes apart"):
+        fit_coders(
+            [*BRIEF, "--teacher_load", str(classifier), "--data", str(other), "--save_dir", str(tmp_path / "run")]
+        )
+
+
+def test_coders_are_no_network(coders, classifier, image_folder, tmp_path):
+    with pytest.raises(UserError, match="holds the coders of a teacher, not a network"):
+        train(["--mode", "eval", "--load", str(coders / "best.pth"), "--task", "classification", "--dataset", "folder",
+               "--data", str(image_folder)])  # fmt: skip
+
+
+@pytest.mark.parametrize("name", ["st", "logits", "dml", "lwm", "irg", "sobolev"])
+def test_the_stable_target_reaches_every_method_that_reads_logits(name, classifier, coders):
+    from metric_kd.engine.checkpoint import restore_network
+    from metric_kd.engine.coding import coded
+    from metric_kd.engine.tasks import Solo
+    from metric_kd.losses.objective import Objective, parse_loss
+    from metric_kd.models.network import NetworkSpec, build_network
+    from metric_kd.types import Batch
+
+    batch = Batch(torch.randint(0, 256, (6, 3, 32, 32), dtype=torch.uint8), torch.arange(6), torch.arange(6))
+    values = []
+    for stable in (False, True):
+        torch.manual_seed(0)
+        student = build_network(NetworkSpec("resnet8_x0.25:stem_stride=2", 0, False, num_classes=8))
+        teacher = coded(restore_network(classifier, NetworkSpec("resnet8"), {}), coders, stable)
+        task = Solo(student, teacher, Objective([parse_loss(f"{name}:1")]))
+        task.build(batch, 8, torch.arange(8))
+        values.append(task.eval()(batch)[0].item())
+    assert values[0] != values[1]

@@ -79,6 +79,10 @@ def test_killed_and_resumed(classifier, other_images, tmp_path, monkeypatch):
     probe(flags_of(classifier, other_images, tmp_path / "cut"))
     one, other = (read_checkpoint(tmp_path / name)["model"] for name in ("whole", "cut"))
     assert all(torch.equal(one[key], other[key]) for key in one)
+    lines = [json.loads(line) for name in ("whole", "cut") for line in (tmp_path / name / "metrics.jsonl").open()]
+    for line in lines:
+        line.pop("seconds")
+    assert lines[: len(lines) // 2] == lines[len(lines) // 2 :]
 
 
 def test_embedding_networks_are_probed_at_their_pooled_feature(image_folder, other_images, tmp_path):
@@ -138,8 +142,10 @@ def test_what_cannot_be_is_refused(classifier, other_images, tmp_path):
         probe([str(classifier), *common, "--freeze_bn"])
     with pytest.raises(UserError, match="--task"):
         probe([str(classifier), *common, "--task", "embedding"])
-    with pytest.raises(UserError, match="reads a teacher"):
+    with pytest.raises(UserError, match="loss .st. does not"):
         probe([str(classifier), *common, "--loss", "st:1"])
+    with pytest.raises(UserError, match="a probe trains a classifier of frozen features"):
+        probe([str(classifier), *common, "--loss", "l2_triplet:1"])
     with pytest.raises(UserError, match="--student_init"):
         probe([str(classifier), *common, "--student_init", str(tmp_path / "s.pth")])
     assert not (tmp_path / "run").exists()

@@ -84,6 +84,14 @@ def test_maps_and_preacts_have_the_documented_shapes(base):
         assert out.pooled.shape == (2, pooled) and out.logits.shape == (2, 100)
 
 
+@pytest.mark.parametrize("base", PARAMETERS)
+def test_every_network_takes_32_and_64_px(base):
+    network = on_meta(base)
+    for size in (32, 64):
+        out = network(torch.empty(2, 3, size, size, device="meta"), want=("maps", "pooled", "logits"))
+        assert out.logits.shape == (2, 100) and out.maps[0].shape[2] in (size, size // 2)
+
+
 @pytest.mark.parametrize("base", SHAPES)
 def test_any_image_size_works(base):
     network = on_meta(base)
