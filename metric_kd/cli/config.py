@@ -113,6 +113,9 @@ class DistillConfig(RunConfig):
     mutual: list[str] = flag(
         [], "instead of a teacher, backbone of a peer that is trained along (repeatable); default loss dml:1"
     )
+    peer_lr: list[float] | None = flag(
+        None, "learning rates of the peers; default what --lr_for has for their backbones, else --lr"
+    )
     triplet_ratio: float = flag(0.0, "weight of the triplet loss (l2_triplet)")
     triplet_sample: str = flag("distance", "triplet sampler; `metric-kd list samplers`")
     triplet_margin: float = flag(0.2, "margin of the triplet loss")

@@ -86,7 +86,10 @@ def checked(parsed: Parsed) -> Parsed:
     input sizes. Raises ``UserError`` with the first thing that is wrong with it.
     """
     load_plugins(parsed.config.plugins)
-    config = with_rate(with_checkpoints(_with_goal(fold(parsed.config), parsed.given), parsed.given))
+    config = with_checkpoints(_with_goal(fold(parsed.config), parsed.given), parsed.given)
+    if isinstance(config, DistillConfig) and config.mutual and config.peer_lr is None:
+        config = replace(config, peer_lr=[with_rate(replace(config, base=base)).lr for base in config.mutual])
+    config = with_rate(config)
     sentences = validate(config)
     if sentences:
         raise UserError(sentences[0])
@@ -195,7 +198,9 @@ def make_task(session: Session) -> Solo | Mutual | Coding:
         networks = {"student": session.student, **session.peers}
         asked = isinstance(config, DistillConfig) and config.granularity is not None
         encoders = {name: Encoders(network.pooled_size) for name, network in networks.items()} if asked else {}
-        task = Mutual(networks, losses, config.precision, encoders)
+        assert isinstance(config, DistillConfig)
+        rates = dict(zip(session.peers, config.peer_lr or [], strict=False))
+        task = Mutual(networks, losses, config.precision, encoders, rates)
     else:
         objective = Objective(losses)
         for key, term in objective.items():

@@ -89,6 +89,10 @@ def _files(config: RunConfig) -> list[str]:
     if isinstance(config, DistillConfig):
         if config.mutual and config.teacher_load is not None:
             sentences.append("--mutual trains peers instead of a teacher; leave --teacher_load or --mutual out.")
+        if config.peer_lr is not None and (
+            len(config.peer_lr) != len(config.mutual) or any(not rate > 0 for rate in config.peer_lr)
+        ):
+            sentences.append("--peer_lr takes one positive rate for each --mutual; give as many, or leave it out.")
         if not config.mutual and config.teacher_load is None:
             sentences.append("a teacher is needed: give --teacher_load RUN_OR_FILE (run.py trains one).")
         sentences += _granularity(config)

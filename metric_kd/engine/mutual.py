@@ -24,8 +24,8 @@ class Mutual(Task):
     its own optimiser would; gradients are clipped network by network. Zhang et al.: Deep Mutual Learning, 2017, arXiv
     1706.00384; there the updates alternate.
 
-    networks: name -> network, the first being the student. Raises ``UserError`` for terms with stages of their own,
-    with a view of both networks, or that differentiate the networks.
+    networks: name -> network, the first being the student. rates: learning rates of networks where not the run's. Raises
+    ``UserError`` for terms with stages of their own, with a view of both networks, or that differentiate the networks.
 
     encoders: name -> what sums up the pooled feature of that network, trained along with it and no part of it. The
     outputs then carry codes for :class:`~metric_kd.distill.granularity.Granularity`. (The multi-granularity form of
@@ -40,6 +40,7 @@ class Mutual(Task):
         losses: Sequence[LossSpec],
         precision: str = "fp32",
         encoders: Mapping[str, Encoders] | None = None,
+        rates: Mapping[str, float] | None = None,
     ):
         super().__init__()
         if len(networks) < 2:
@@ -48,6 +49,7 @@ class Mutual(Task):
         self.peers = nn.ModuleDict({name: network for name, network in networks.items() if network is not self.student})
         self.encoders = nn.ModuleDict(encoders or {})
         self._names = list(networks)
+        self._rates = dict(rates or {})
         self.precision = precision
         losses = [loss for loss in losses if loss.weight]
         for loss in losses:
@@ -91,10 +93,12 @@ class Mutual(Task):
 
     def parameter_groups(self) -> list[ParameterGroup]:
         """One group per network, as many independent optimisers would have, and those of the terms."""
-        groups = [
-            ParameterGroup(params=trainable([*network.parameters(), *self._encoder_parameters(name)]))
-            for name, network in self.networks.items()
-        ]
+        groups = []
+        for name, network in self.networks.items():
+            group = ParameterGroup(params=trainable([*network.parameters(), *self._encoder_parameters(name)]))
+            if name in self._rates:
+                group["own_lr"] = self._rates[name]
+            groups.append(group)
         return [*groups, *(group for group in grouped([], self._objectives()) if group["params"])]
 
     def forward(self, batch: Batch) -> tuple[Tensor, dict[str, Tensor]]:

@@ -319,3 +319,13 @@ def test_a_classifier_is_measured_on_its_own_classes_only(classifier, teacher_ru
     flags = [*SMALL, "--data", str(image_folder), "--train_classes", str(names), "--save_dir", str(tmp_path / "last")]
     with pytest.raises(UserError, match="other classes apart"):
         distill([*flags, "--teacher_load", str(tmp_path / "first"), "--loss", "cross_entropy:1", "--loss", "st:1"])
+
+
+def test_peers_have_rates_of_their_own(image_folder, tmp_path):
+    flags = [*SMALL, "--epochs", "1", "--data", str(image_folder), "--mutual", "resnet8_x0.5:stem_stride=2"]
+    distill([*flags, "--lr_for", "resnet8_x0.5*=0.001", "--save_dir", str(tmp_path / "run")])
+    state = read_checkpoint(tmp_path / "run" / "last.pth")
+    assert [group["factor"] for group in state["optimizer"]["param_groups"]] == [1.0, 0.05]
+    assert state["config"]["lr"] == 0.02 and state["config"]["peer_lr"] == [0.001]
+    with pytest.raises(UserError, match="one positive rate for each --mutual"):
+        distill([*flags, "--peer_lr", "0.1", "0.2", "--save_dir", str(tmp_path / "other")])
