@@ -104,11 +104,13 @@ class DistillConfig(RunConfig):
     lr: float = flag(1e-4, "learning rate")
     epochs: int = flag(80, "epochs")
     lr_decay_epochs: list[int] = flag([40, 60], "epochs, counted from 1, from which on the rate is multiplied by gamma")
-    lr_decay_gamma: float = flag(0.1, "the factor of --lr_decay_epochs")
+    lr_decay_gamma: float = flag(0.1, "the factor of --lr_decay_epochs and --lr_decay_at")
     teacher_base: str = flag("resnet50", "the teacher's backbone, for a plain state dict; a checkpoint knows its own")
     teacher_embedding_size: int = flag(128, "likewise its embedding size")
     teacher_l2normalize: bool = flag(True, "likewise whether its embeddings have length 1")
-    teacher_load: str | None = flag(None, "the teacher: a run, a checkpoint or a state dict (required)")
+    teacher_load: str | None = flag(
+        None, "the teacher: a run, a checkpoint or a state dict (required without --mutual)"
+    )
     teacher_input_size: int | None = flag(None, "image side for the teacher; default the size it was trained with")
     mutual: list[str] = flag(
         [], "instead of a teacher, backbone of a peer that is trained along (repeatable); default loss dml:1"

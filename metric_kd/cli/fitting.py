@@ -32,9 +32,8 @@ def fit(command: str, parsed: Parsed) -> dict[str, float]:
     if not fresh:
         run.check_config(config)
         finished = run.finished(parsed.config.epochs)
-        if finished is not None and not isinstance(
-            parsed.config, GranularityConfig
-        ):  # whose teacher may be another now
+        # Coders that are finished are still compared with the teacher, which may be another one now.
+        if finished is not None and not isinstance(parsed.config, GranularityConfig):
             say(f"{run.path} is finished:\n{finished}")
             return dict(run.card_content()["metrics"]["best"])
     session = build(parsed)
@@ -60,10 +59,11 @@ def _fit(
 ) -> dict[str, float]:
     loader, prefix = (session.test, "") if session.validation is None else (session.validation, "val_")
     first = next(iter(session.metrics))
-    head_is_free = not session.goal.head(session.train.records.num_classes)
+    records = session.train.records
+    about = {"classes": list(records.class_names)} if session.goal.head(records.num_classes) else None
     trainer = Trainer(
         task,
-        make_settings(session.config, len(batches.epoch(1))),
+        make_settings(session.config, len(batches)),
         run,
         session.train,
         batches,
@@ -72,7 +72,7 @@ def _fit(
         select=None if session.config.select == "last" else f"{prefix}{first}",
         eval_every=session.config.eval_every,
         config=config,
-        about=None if head_is_free else {"classes": list(session.train.records.class_names)},
+        about=about,
     )
     trainer.environment |= {"data": session.train.records.fingerprint()}
     if session.teacher is not None:

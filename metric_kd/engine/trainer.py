@@ -33,6 +33,7 @@ class BatchSampler(Protocol):
     """Which rows make up the batches of an epoch, for this rank; deterministic in the epoch."""
 
     def epoch(self, epoch: int) -> list[np.ndarray]: ...
+    def __len__(self) -> int: ...
 
 
 class Trainer:

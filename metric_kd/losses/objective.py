@@ -270,6 +270,9 @@ def _the_pair(key: str, pair: Pair | None) -> Pair:
     return pair
 
 
+WITHOUT_LOGITS = "train classifiers (--task classification, or --classifier true beside an embedding)"
+
+
 def wanted_of_teacher(term: Term | type[Term]) -> tuple[str, ...]:
     """Fields that a term which reads a teacher reads from it."""
     return term.needs if term.teacher_needs is None else term.teacher_needs
@@ -283,13 +286,8 @@ def require_provided(owner: str, provides: frozenset[str], objective: Objective,
             wanted = wanted_of_teacher(term) if term.reads_teacher else ()
         for need in wanted:
             if need not in provides:
-                way_out = (
-                    "train classifiers (--task classification, or --classifier true beside an embedding), or "
-                    if need == "logits"
-                    else ""
-                )
-                way_out = f"{term.hint}, or " if term.hint else way_out
+                hint = term.hint or (WITHOUT_LOGITS if need == "logits" else "")
                 raise UserError(
-                    f"loss {key!r} reads {need}, which the {owner} does not give "
-                    f"(it gives {', '.join(sorted(provides))}); {way_out}choose another loss or another {owner}."
+                    f"loss {key!r} reads {need}, which the {owner} does not give (it gives "
+                    f"{', '.join(sorted(provides))}); {hint and hint + ', or '}choose another loss or another {owner}."
                 )
