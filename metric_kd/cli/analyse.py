@@ -4,7 +4,6 @@ Writes analysis.json and cka.png into the run's directory: linear CKA of every l
 the probabilities of all classes but the likeliest.
 """
 
-import argparse
 import json
 from collections.abc import Sequence
 from dataclasses import replace
@@ -13,16 +12,16 @@ from typing import Any, Literal
 
 from torch import Tensor, nn
 
-from metric_kd.cli.config import NETWORK_FIELDS
-from metric_kd.cli.goals import network_spec
-from metric_kd.cli.parse import one_sentence, parse, underscored
+from metric_kd.cli.config import DistillConfig, known_keys
+from metric_kd.cli.goals import goal_of, network_spec
+from metric_kd.cli.networks import teacher_of
+from metric_kd.cli.parse import parse, read_words
 from metric_kd.cli.session import Session, build, checked
 from metric_kd.cli.stored import run_of
 from metric_kd.data.loading import ImageLoader
 from metric_kd.data.transforms import Geometry
 from metric_kd.distill.granularity import CodedTeacher, Encoders
 from metric_kd.engine.checkpoint import find_checkpoint, read_checkpoint, restore_network, write_atomically, write_text
-from metric_kd.engine.coding import coded
 from metric_kd.errors import UserError
 from metric_kd.evaluation.analysis import linear_cka, non_target_noise, representations
 from metric_kd.models.backbone import Pixels
@@ -47,16 +46,14 @@ class Encoded(nn.Module):
 
 
 def main(arguments: Sequence[str], program: str | None = None) -> int:
-    try:
-        options = _parser(program).parse_args([underscored(token) for token in arguments])
-    except (argparse.ArgumentError, TypeError, ValueError) as error:
-        raise UserError(one_sentence(error)) from None
+    options = read_words(_parser(program), arguments)
     find_checkpoint(options.run)
     run = run_of(options.run)
     config = run.stored_config() or {}
     against = options.against or config.get("teacher_load")
     if against is None:
         raise UserError(f"{options.run} was trained without a teacher; name a network, as in --against RUN_OR_FILE.")
+    find_checkpoint(against, "teacher")
     evaluation = ["--mode", "eval", "--load", options.run, "--batch", str(options.batch), "--device", options.device]
     evaluation += ["--skip_unreadable"] if config.get("skip_unreadable") else []
     evaluation += [f"--plugins={plugin}" for plugin in config.get("plugins", [])]
@@ -116,23 +113,27 @@ def _loader_for(session: Session, network: Any) -> ImageLoader:
     return ImageLoader(session.test.records, geometry, seed=0, workers=session.config.workers)
 
 
-def _networks(session: Session, path: str, against: str, config: dict[str, Any]) -> tuple[nn.Module, nn.Module]:
+def _networks(session: Session, path: str, against: str, stored: dict[str, Any]) -> tuple[nn.Module, nn.Module]:
     """Student and teacher, each with its encoders where the run was trained with coders of this teacher."""
     student: nn.Module = session.student
-    own = config.get("teacher_load")
-    same = own is not None and find_checkpoint(against, "teacher") == find_checkpoint(own, "teacher")
-    described = {field: config[f"teacher_{field}"] for field in NETWORK_FIELDS if same and f"teacher_{field}" in config}
-    spec = network_spec(replace(session.config, **described), "", Pixels(), {})
-    teacher: nn.Module = restore_network(against, spec, {}, "teacher").eval().requires_grad_(False)
-    coders = config.get("granularity_load")
-    if coders is not None and not Path(coders).exists():
-        print(f"{coders} is not there any more; codes are left out")
-    elif coders is not None and same:
-        assert isinstance(teacher, Network) and isinstance(student, Network)
-        teacher = coded(teacher, coders, stable=False)
-        encoders = _encoders(path, student) if config.get("select") == "last" else None
+    own = stored.get("teacher_load")
+    if own is None or not Path(own).exists() or find_checkpoint(against) != find_checkpoint(own):
+        teacher: nn.Module | None = restore_network(
+            against, network_spec(session.config, "", Pixels(), {}), {}, "teacher"
+        )
+    else:  # as the run itself read it, from a plain state dict too
+        config = DistillConfig(**{key: stored[key] for key in known_keys("distill") if key in stored})
+        if config.granularity_load is not None and not Path(config.granularity_load).exists():
+            print(f"{config.granularity_load} is not there any more; codes are left out")
+            config = replace(config, granularity_load=None)
+        teacher = teacher_of(config, frozenset(), goal_of(config).head(session.test.records.num_classes))
+    assert teacher is not None
+    if isinstance(teacher, CodedTeacher):
+        teacher.stable = False  # the target of MAS is looked at on its own
+        assert isinstance(student, Network)
+        encoders = _encoders(path, student) if stored.get("select") == "last" else None
         student = student if encoders is None else Encoded(student, encoders)
-    return student.to(session.device), teacher.to(session.device)
+    return student.to(session.device), teacher.to(session.device).eval().requires_grad_(False)
 
 
 def _encoders(path: str, student: Network) -> Encoders | None:

@@ -5,7 +5,6 @@ save_dir/ROW/weight-W/seedK; finished ones are not run again. Results: table.txt
 comparison.html in save_dir. Exit status 1 where a row failed.
 """
 
-import argparse
 import json
 import os
 from collections.abc import Iterator, Sequence
@@ -17,7 +16,7 @@ from metric_kd.cli.comparison import CONTROL, Comparison, Row, main_metric, read
 from metric_kd.cli.config import DistillConfig, to_dict
 from metric_kd.cli.fitting import fit, say
 from metric_kd.cli.outcome import Outcome, Result, report_of, write_results
-from metric_kd.cli.parse import Parsed, one_sentence, underscored
+from metric_kd.cli.parse import Parsed, read_words
 from metric_kd.cli.session import Session, build, make_task
 from metric_kd.engine.checkpoint import write_text
 from metric_kd.engine.run_directory import RunDirectory
@@ -27,10 +26,7 @@ from metric_kd.report.words import duration
 
 
 def main(arguments: Sequence[str], program: str | None = None) -> int:
-    try:
-        options = _parser(program).parse_args([underscored(token) for token in arguments])
-    except (argparse.ArgumentError, TypeError, ValueError) as error:
-        raise UserError(one_sentence(error)) from None
+    options = read_words(_parser(program), arguments)
     if int(os.environ.get("WORLD_SIZE", "1")) > 1:
         raise UserError("compare runs one network after the other in one process; start it without torchrun.")
     comparison = read_comparison(Path(options.file))

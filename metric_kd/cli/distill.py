@@ -1,16 +1,10 @@
-"""run_distill.py and `metric-kd distill`: distil a teacher's embedding into a student."""
+"""run_distill.py and `metric-kd distill`: distil a teacher into a student."""
 
 from collections.abc import Sequence
 
-from metric_kd.cli.dry_run import dry_run
-from metric_kd.cli.fitting import fit
+from metric_kd.cli.dry_run import fit_or_try
 from metric_kd.cli.parse import parse
 
 
 def main(arguments: Sequence[str], program: str | None = None) -> int:
-    parsed = parse("distill", arguments, program)
-    if parsed.config.dry_run:
-        dry_run("distill", arguments)
-    else:
-        fit("distill", parsed)
-    return 0
+    return fit_or_try("distill", arguments, parse("distill", arguments, program))

@@ -9,7 +9,8 @@ from typing import Any
 import torch
 
 from metric_kd.cli.config import default_save_dir, to_dict
-from metric_kd.cli.parse import parse
+from metric_kd.cli.fitting import fit
+from metric_kd.cli.parse import Parsed, parse
 from metric_kd.cli.session import Session, build, checked, make_batches, make_settings, make_task
 from metric_kd.engine.memory import peak_memory, reset_peak_memory
 from metric_kd.engine.run_directory import RunDirectory
@@ -18,6 +19,15 @@ from metric_kd.engine.trainer import Trainer
 from metric_kd.errors import UserError
 
 MIB = 2**20
+
+
+def fit_or_try(command: str, arguments: Sequence[str], parsed: Parsed) -> int:
+    """What the commands that train do: the run, or with --dry_run its trial."""
+    if parsed.config.dry_run:
+        dry_run(command, arguments)
+    else:
+        fit(command, parsed)
+    return 0
 
 
 def dry_run(command: str, arguments: Sequence[str]) -> dict[str, Any]:

@@ -1,6 +1,5 @@
 """`metric-kd embed RUN --images DIR --out FILE.npy`: the embeddings of a folder of images."""
 
-import argparse
 import csv
 import io
 from collections.abc import Sequence
@@ -9,7 +8,7 @@ from typing import Any, Literal
 
 import numpy as np
 
-from metric_kd.cli.parse import one_sentence, underscored
+from metric_kd.cli.parse import read_words
 from metric_kd.data.decode import check_header
 from metric_kd.deploy.embedder import images_in, load
 from metric_kd.devices import choose_device
@@ -18,10 +17,7 @@ from metric_kd.errors import UserError
 
 
 def main(arguments: Sequence[str], program: str | None = None) -> int:
-    try:
-        options = _parser(program).parse_args([underscored(token) for token in arguments])
-    except (argparse.ArgumentError, TypeError, ValueError) as error:
-        raise UserError(one_sentence(error)) from None
+    options = read_words(_parser(program), arguments)
     out = Path(options.out)
     if out.suffix != ".npy" or out.is_dir():
         raise UserError(f"--out {out} must be a file that ends in .npy.")

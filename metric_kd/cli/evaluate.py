@@ -2,20 +2,18 @@
 
 from collections.abc import Sequence
 
-from metric_kd.cli.parse import Parsed, parse
+from metric_kd.cli.parse import Parsed, parse, run_as_flag
 from metric_kd.cli.session import build, checked
 from metric_kd.cli.stored import run_of
 
 
 def main(arguments: Sequence[str], program: str | None = None) -> int:
-    if arguments and not arguments[0].startswith("-"):
-        arguments = ["--load", *arguments]
-    evaluate(parse("train", ["--mode", "eval", *arguments], program or "metric-kd eval"))
+    evaluate(parse("train", ["--mode", "eval", *run_as_flag(arguments)], program or "metric-kd eval"))
     return 0
 
 
 def selected_on_test(load: str | None) -> bool:
-    """Whether the network comes from a run that chose its best epoch by looking at the test classes."""
+    """Whether the network comes from a run that chose its best epoch by looking at the test images."""
     return load is not None and (run_of(load).stored_config() or {}).get("select") == "test"
 
 

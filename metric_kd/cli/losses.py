@@ -53,23 +53,19 @@ def losses_of(config: RunConfig) -> list[LossSpec]:
 
 def _on_logits(loss: LossSpec, config: RunConfig) -> LossSpec:
     """Cross entropy reads the classifier of a network that has one, instead of training its own."""
-    if (
-        (config.task == "classification" or config.classifier)
-        and loss.name == "cross_entropy"
-        and "features" not in loss.options
-    ):
-        return loss._replace(options={**loss.options, "features": "logits"})
+    classifies = config.task == "classification" or config.classifier
+    if classifies and loss.name == "cross_entropy":
+        return loss._replace(options={"features": "logits", **loss.options})
     return loss
 
 
 def _with_defaults(loss: LossSpec, defaults: dict[str, object]) -> LossSpec:
     known = option_names(loss.name)
-    if "sample" in known:  # --margin and --sample speak of triplets; other losses have margins of their own
-        loss = loss._replace(options={key: value for key, value in defaults.items() if key in known} | loss.options)
-    options = loss.options
-    if "sample" in options:
-        SAMPLERS.canonical(str(options["sample"]))
-    return loss
+    if "sample" not in known:  # --margin and --sample speak of triplets; other losses have margins of their own
+        return loss
+    options = {key: value for key, value in defaults.items() if key in known} | loss.options
+    SAMPLERS.canonical(str(options["sample"]))
+    return loss._replace(options=options)
 
 
 def _from_ratios(config: DistillConfig) -> list[LossSpec]:

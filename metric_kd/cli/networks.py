@@ -46,17 +46,22 @@ def coders_of(
     assert config.teacher_load is not None
     fallback = network_spec(config, "", default_pixels(config.base) or Pixels(), head)
     teacher = restore_network(config.teacher_load, fallback, _given_fields(config, given, ""), "teacher")
-    classes, known = teacher.spec.num_classes, head.get("num_classes")
-    if known is not None and classes is not None and classes != known:
-        raise UserError(
-            f"the teacher tells {classes} classes apart and the data has {known}; give the data that it was trained on."
-        )
-    if known is not None and read_checkpoint(config.teacher_load, "teacher").get("classes", list(names)) != list(names):
-        raise UserError(
-            "the teacher tells other classes apart than the data has; give the data that it was trained on."
-        )
+    if "num_classes" in head and teacher.spec.num_classes is not None:
+        check_classes(teacher, config.teacher_load, names, "give the data that it was trained on")
     decodes = "logits" if config.task == "classification" or config.classifier else "embedding"
     return coders_for(teacher, decodes, config.abstract_dim, config.detailed_dim), teacher
+
+
+def check_classes(teacher: Network | CodedTeacher, path: str, names: tuple[str, ...], way_out: str) -> None:
+    """Refuse a teacher, read from ``path``, whose logits speak of other classes than ``names``.
+
+    A plain state dict does not name its classes; theirs are only counted.
+    """
+    theirs = teacher.spec.num_classes
+    if theirs != len(names):
+        raise UserError(f"the teacher tells {theirs} classes apart and the data has {len(names)}; {way_out}.")
+    if read_checkpoint(path, "teacher").get("classes", list(names)) != list(names):
+        raise UserError(f"the teacher tells other classes apart than the data has; {way_out}.")
 
 
 def student_of(

@@ -48,16 +48,28 @@ def parse(command: str, arguments: Sequence[str], program: str | None = None) ->
     values = _layered([implied, from_files, dict.fromkeys(flags)])
     # What a flag gives need not come from a file as well: repeatable flags replace those of a file, they do not add to them.
     values = {key: value for key, value in values.items() if key not in flags}
-    try:
-        namespace = _parser(command, program).parse_args([*_as_flags(command, values), *tokens])
-    except UserError:
-        raise
-    except (argparse.ArgumentError, TypeError, ValueError) as error:
-        raise UserError(one_sentence(error)) from None
+    namespace = read_words(_parser(command, program), [*_as_flags(command, values), *tokens])
     config = COMMANDS[command](**{key: getattr(namespace, key) for key in known_keys(command)})
+    said = flags | set(from_files)
+    if "lr_decay_epochs" in said and "lr_decay_at" not in said:  # it replaces the command's own shares as well
+        config = dataclasses.replace(config, lr_decay_at=None)
     # A file describes the network of its own --load; with another --load, what it says of the network is no contradiction.
     stale = {f"{prefix}{field}" for prefix in ("", "teacher_") if f"{prefix}load" in flags for field in NETWORK_FIELDS}
     return Parsed(config, (flags | (set(from_files) - stale)) & set(known_keys(command)))
+
+
+def read_words(parser: Any, words: Sequence[str]) -> Any:
+    """What a parser makes of the words of a command line; its complaints become a ``UserError`` of one sentence."""
+    try:
+        return parser.parse_args([underscored(word) for word in words])
+    except (argparse.ArgumentError, TypeError, ValueError) as error:
+        raise UserError(one_sentence(error)) from None
+
+
+def run_as_flag(arguments: Sequence[str]) -> list[str]:
+    """RUN, where it is the first word, as --load RUN."""
+    named = bool(arguments) and not arguments[0].startswith("-")
+    return ["--load", *arguments] if named else list(arguments)
 
 
 def _layered(layers: Sequence[dict[str, Any]]) -> dict[str, Any]:

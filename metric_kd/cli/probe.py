@@ -2,23 +2,10 @@
 
 from collections.abc import Sequence
 
-from metric_kd.cli.dry_run import dry_run
-from metric_kd.cli.fitting import fit
-from metric_kd.cli.parse import parse
+from metric_kd.cli.dry_run import fit_or_try
+from metric_kd.cli.parse import parse, run_as_flag
 
 
 def main(arguments: Sequence[str], program: str | None = None) -> int:
-    arguments = as_flags(arguments)
-    parsed = parse("probe", arguments, program)
-    if parsed.config.dry_run:
-        dry_run("probe", arguments)
-    else:
-        fit("probe", parsed)
-    return 0
-
-
-def as_flags(arguments: Sequence[str]) -> list[str]:
-    """RUN, the first word, is --load RUN."""
-    if arguments and not arguments[0].startswith("-"):
-        return ["--load", *arguments]
-    return list(arguments)
+    arguments = run_as_flag(arguments)
+    return fit_or_try("probe", arguments, parse("probe", arguments, program))

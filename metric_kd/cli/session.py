@@ -16,7 +16,7 @@ from metric_kd.cli.config import (
 )
 from metric_kd.cli.goals import Decoding, Goal, goal_of, load_splits
 from metric_kd.cli.losses import fold, losses_of
-from metric_kd.cli.networks import coders_of, peers_of, student_of, teacher_of
+from metric_kd.cli.networks import check_classes, coders_of, peers_of, student_of, teacher_of
 from metric_kd.cli.parse import Parsed
 from metric_kd.cli.plugins import load_plugins
 from metric_kd.cli.stored import with_checkpoints
@@ -26,7 +26,6 @@ from metric_kd.data.records import Splits
 from metric_kd.data.transforms import Geometry
 from metric_kd.devices import choose_device
 from metric_kd.distill.granularity import CodedTeacher, Coders, Encoders
-from metric_kd.engine.checkpoint import read_checkpoint
 from metric_kd.engine.coding import Coding
 from metric_kd.engine.mutual import Mutual
 from metric_kd.engine.optimisation import Settings, milestone
@@ -101,8 +100,6 @@ def checked(parsed: Parsed) -> Parsed:
 
 def _with_goal(config: RunConfig, given: frozenset[str]) -> RunConfig:
     """Defaults that depend on the goal: a classifier's embedding is its pooled feature, an epoch of embeddings 100 steps."""
-    if isinstance(config, GranularityConfig) and "lr_decay_epochs" in given and "lr_decay_at" not in given:
-        config = replace(config, lr_decay_at=None)
     if config.task != "classification":
         balanced = config.iter_per_epoch is None and not isinstance(config, GranularityConfig)
         return replace(config, iter_per_epoch=100) if balanced else config
@@ -169,21 +166,10 @@ def _check_losses(
     if teacher is None:
         return
     require_provided("teacher", teacher.provides, objective, teacher=True)
-    if "logits" not in objective.all_needs[1]:
-        return
-    assert isinstance(config, DistillConfig) and config.teacher_load is not None
-    ours, theirs = student.spec.num_classes, teacher.spec.num_classes
-    taught = read_checkpoint(config.teacher_load, "teacher").get("classes", list(classes))
-    if ours != theirs or taught != list(classes):
-        what = (
-            f"{theirs} classes apart and the student {ours}"
-            if ours != theirs
-            else "other classes apart than the student"
-        )
-        raise UserError(
-            f"the teacher tells {what}, so their logits cannot be compared; "
-            "train both on the same classes (--train_classes, --labels) or choose losses that read no logits."
-        )
+    if "logits" in objective.all_needs[1]:
+        assert isinstance(config, DistillConfig) and config.teacher_load is not None
+        way_out = "train both on the same classes (--train_classes, --labels) or choose losses that read no logits"
+        check_classes(teacher, config.teacher_load, classes, way_out)
 
 
 def make_task(session: Session) -> Solo | Mutual | Coding:

@@ -18,7 +18,11 @@ from metric_kd.models import check_base
 
 def validate(config: RunConfig) -> list[str]:
     """What is wrong with a config, one sentence each; empty where nothing is. Reads no data and no weights."""
-    return [sentence for check in (_names, _sizes, _schedule, _files, _device, _losses) for sentence in check(config)]
+    return [
+        sentence
+        for check in (_names, _sizes, _schedule, _networks, _files, _device, _losses)
+        for sentence in check(config)
+    ]
 
 
 def _names(config: RunConfig) -> list[str]:
@@ -84,21 +88,20 @@ def _schedule(config: RunConfig) -> list[str]:
     return sentences
 
 
-def _files(config: RunConfig) -> list[str]:
+def _networks(config: RunConfig) -> list[str]:
+    """Which networks a command trains, and which it needs for that."""
     sentences = []
+    needs_teacher = isinstance(config, GranularityConfig) or (isinstance(config, DistillConfig) and not config.mutual)
+    if needs_teacher and getattr(config, "teacher_load", None) is None:
+        sentences.append("a teacher is needed: give --teacher_load RUN_OR_FILE (run.py trains one).")
     if isinstance(config, DistillConfig):
         if config.mutual and config.teacher_load is not None:
             sentences.append("--mutual trains peers instead of a teacher; leave --teacher_load or --mutual out.")
-        if config.peer_lr is not None and (
-            len(config.peer_lr) != len(config.mutual) or any(not rate > 0 for rate in config.peer_lr)
-        ):
+        rates = config.peer_lr
+        if rates is not None and (len(rates) != len(config.mutual) or not all(rate > 0 for rate in rates)):
             sentences.append("--peer_lr takes one positive rate for each --mutual; give as many, or leave it out.")
-        if not config.mutual and config.teacher_load is None:
-            sentences.append("a teacher is needed: give --teacher_load RUN_OR_FILE (run.py trains one).")
         sentences += _granularity(config)
     if isinstance(config, GranularityConfig):
-        if config.teacher_load is None:
-            sentences.append("a teacher is needed: give --teacher_load RUN_OR_FILE (run.py trains one).")
         for key in ("load", "student_init", "loss"):
             if getattr(config, key) is not None:
                 sentences.append(f"--{key} has no meaning here: only the teacher's coders are trained; leave it out.")
@@ -109,6 +112,11 @@ def _files(config: RunConfig) -> list[str]:
             sentences.append("a probe's backbone is frozen as it is; leave --freeze_bn out.")
     if isinstance(config, TrainConfig) and config.mode == "eval" and config.load is None:
         sentences.append("nothing to evaluate: give --load RUN_OR_FILE.")
+    return sentences
+
+
+def _files(config: RunConfig) -> list[str]:
+    sentences = []
     chosen = config.train_classes
     if chosen is not None and not is_number(chosen) and not Path(chosen).is_file():
         sentences.append(f"--train_classes {chosen!r} is neither a number nor a file of class names, one per line.")
@@ -137,25 +145,20 @@ def _losses(config: RunConfig) -> list[str]:
     """What the objective asks of the command and of its batches."""
     if isinstance(config, GranularityConfig) or (isinstance(config, TrainConfig) and config.mode == "eval"):
         return []
+    active = [loss for loss in losses_of(config) if loss.weight]
     sentences = []
-    if isinstance(config, ProbeConfig):
-        sentences += [
-            f"a probe trains a classifier of frozen features and loss {loss.name!r} does not; leave it out."
-            for loss in losses_of(config)
-            if loss.weight and loss.options.get("features") != "logits"
-        ]
-    taught = any(loss.weight and TERMS[loss.name].reads_teacher for loss in losses_of(config))
-    if isinstance(config, DistillConfig) and config.mutual and not taught:
+    mutual = isinstance(config, DistillConfig) and bool(config.mutual)
+    if mutual and not any(TERMS[loss.name].reads_teacher for loss in active):
         sentences.append("the peers learn nothing from each other; add a loss between them, as in --loss dml:1.")
-    for loss in losses_of(config):
-        if loss.weight and TERMS[loss.name].reads_teacher and not isinstance(config, DistillConfig):
+    for loss in active:
+        if isinstance(config, ProbeConfig) and loss.options.get("features") != "logits":
+            sentences.append(
+                f"a probe trains a classifier of frozen features and loss {loss.name!r} does not; leave it out."
+            )
+        if TERMS[loss.name].reads_teacher and not isinstance(config, DistillConfig):
             sentences.append(f"loss {loss.name!r} reads a teacher; use run_distill.py with --teacher_load.")
-        if (
-            loss.weight
-            and "sample" in option_names(loss.name)
-            and config.num_image_per_class < 2
-            and config.task == "embedding"
-        ):
+        compares = config.task == "embedding" and "sample" in option_names(loss.name)
+        if compares and config.num_image_per_class < 2:
             sentences.append(f"loss {loss.name!r} compares images of one class; give --num_image_per_class 2 or more.")
     return sentences + _refusals((lambda: Objective(losses_of(config)),))
 

@@ -9,8 +9,7 @@ import pytest
 from tiny import ROOT, command
 
 from metric_kd.cli.losses import fold
-from metric_kd.cli.parse import parse
-from metric_kd.cli.probe import as_flags
+from metric_kd.cli.parse import parse, run_as_flag
 
 README = (ROOT / "README.md").read_text()
 
@@ -46,7 +45,7 @@ def test_every_command_parses(file):
             "granularity": "granularity",
             "probe": "probe",
         }.get(name)
-        rest = as_flags(rest) if kind == "probe" else rest
+        rest = run_as_flag(rest) if kind == "probe" else rest
         if kind is not None:
             fold(parse(kind, rest).config)
 

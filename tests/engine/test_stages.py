@@ -231,7 +231,7 @@ def test_students_of_a_comparison_start_alike(classifier, image_folder, tmp_path
 
 def test_a_teacher_of_other_classes_is_refused(image_folder, classifier, tmp_path):
     flags = [*SMALL, "--data", str(image_folder), "--train_classes", "4", "--teacher_load", str(classifier)]
-    with pytest.raises(UserError, match="tells 8 classes apart and the student 4"):
+    with pytest.raises(UserError, match="tells 8 classes apart and the data has 4"):
         distill([*flags, "--loss", "cross_entropy:1", "--loss", "st:0.1", "--save_dir", str(tmp_path / "run")])
     distill(
         [*flags, "--epochs", "1", "--loss", "cross_entropy:1", "--loss", "at:100", "--save_dir", str(tmp_path / "at")]
