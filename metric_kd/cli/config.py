@@ -80,6 +80,9 @@ class RunConfig:
         "result: the last epoch; best on held-out training classes (classification: images); or best on test, the papers' habit",
     )
     eval_every: int = flag(1, "epochs between evaluations")
+    record_weights: str | None = flag(
+        None, "for metric-kd quantify, keep how far weights move, and the network after epochs: all, paper, or 0,5,10"
+    )
     resume: Literal["auto", "never"] = flag("auto", "continue the run in save_dir, or start it over")
     save_minutes: float = flag(10.0, "checkpoint at least this often")
     dry_run: bool = flag(False, "check everything, take one step in a child process, report its memory and time")

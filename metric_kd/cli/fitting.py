@@ -13,11 +13,12 @@ from metric_kd.cli.networks import share_start
 from metric_kd.cli.parse import Parsed
 from metric_kd.cli.session import Session, build, checked, make_batches, make_settings, make_task
 from metric_kd.engine.checkpoint import read_checkpoint, write_text
-from metric_kd.engine.logging import TensorBoard
+from metric_kd.engine.logging import Observer, TensorBoard
 from metric_kd.engine.reproducibility import weights_digest
 from metric_kd.engine.run_directory import RunDirectory
 from metric_kd.engine.tasks import Task
 from metric_kd.engine.trainer import BatchSampler, Trainer
+from metric_kd.engine.weight_record import WeightRecord, chosen_epochs
 from metric_kd.errors import UserError
 from metric_kd.evaluation.search import backend
 
@@ -79,6 +80,8 @@ def _fit(
         trainer.environment["teacher"] = weights_digest(session.teacher)
     for note in session.notes:
         say(note)
+    observers = _recorders(session, run, trainer)
+    trainer.observers = observers
     extended = (run.stored_config() or {}).get("epochs", session.config.epochs) < session.config.epochs
     if trainer.resume():
         where = "" if trainer.stage_name is None else f"stage {trainer.stage_name}, "
@@ -96,9 +99,18 @@ def _fit(
         run.open(config)
     board = TensorBoard.if_installed(run.path / "tensorboard", trainer.lines) if distributed.is_main() else None
     with nullcontext() if board is None else closing(board):
-        trainer.observers = [board] if board is not None else []
+        trainer.observers = [*observers, board] if board is not None else observers
         trainer.fit()
     return distributed.from_main(_finish(session, run, trainer) if distributed.is_main() else {})
+
+
+def _recorders(session: Session, run: RunDirectory, trainer: Trainer) -> list[Observer]:
+    """The observer that --record_weights asks for."""
+    if session.config.record_weights is None:
+        return []
+    epochs = chosen_epochs(session.config.record_weights, trainer.total_epochs)
+    student = trainer.task.student
+    return [WeightRecord(student, run.weights, epochs, lambda: trainer.state_of(student))]
 
 
 class Result(NamedTuple):

@@ -10,6 +10,7 @@ from metric_kd.cli.losses import losses_of
 from metric_kd.data import DATASETS
 from metric_kd.devices import check_device
 from metric_kd.engine.run_directory import RunDirectory, check_folder
+from metric_kd.engine.weight_record import chosen_epochs
 from metric_kd.errors import UserError
 from metric_kd.losses.objective import Objective, option_names
 from metric_kd.losses.term import TERMS
@@ -74,6 +75,9 @@ def _sizes(config: RunConfig) -> list[str]:
 
 def _schedule(config: RunConfig) -> list[str]:
     sentences = []
+    if config.record_weights is not None:
+        asked = config.record_weights
+        sentences += _refusals((lambda: chosen_epochs(asked, config.epochs),))
     if not config.lr > 0:
         sentences.append(f"--lr is {config.lr}; give a positive rate.")
     for key in ("weight_decay", "warmup", "clip_norm", "save_minutes", "lr_decay_gamma"):

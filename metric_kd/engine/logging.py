@@ -1,7 +1,7 @@
 """What a run says while it trains: running means on the device, one JSON line per epoch, TensorBoard if installed."""
 
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -9,10 +9,29 @@ from torch import Tensor
 from metric_kd.errors import UserError
 
 
-class Observer(Protocol):
-    """Told of every finished epoch; a command hands the trainer a list of them."""
+class Observer:
+    """Told by the trainer, on the main process, what happens; a command hands the trainer a list of observers.
 
-    def epoch_end(self, record: dict[str, Any]) -> None: ...
+    name: under it the checkpoint keeps :meth:`state`.
+    """
+
+    name = ""
+
+    def begin(self) -> None:
+        """Before the first step of a run that is not resumed."""
+
+    def step_end(self) -> None:
+        """After every step of the optimiser."""
+
+    def epoch_end(self, record: dict[str, Any]) -> None:
+        """After every epoch of every stage, before its checkpoint; ``record`` is its line of metrics.jsonl."""
+
+    def state(self) -> dict[str, Any]:
+        """What the checkpoint must keep: tensors and plain values."""
+        return {}
+
+    def restore(self, state: dict[str, Any]) -> None:
+        """The inverse of :meth:`state`, once the weights are those of the checkpoint."""
 
 
 class RunningLosses:
@@ -63,7 +82,7 @@ def not_finite(what: str, step: int, last: Path) -> str:
     return f"{what} was not finite at step {step}; start again in a new --save_dir with a lower --lr or --clip_norm 1{kept}."
 
 
-class TensorBoard:
+class TensorBoard(Observer):
     """Writes the numbers of every epoch, counted over all stages, for TensorBoard; made by :meth:`if_installed`."""
 
     def __init__(self, writer: Any, epochs: int):

@@ -12,7 +12,7 @@ from metric_kd.errors import one_of
 from metric_kd.losses.term import Stage
 
 OPTIMIZERS = ("adam", "adamw", "sgd")
-SCHEDULES = ("step", "cosine")
+SCHEDULES = ("step", "cosine", "log")
 
 
 @dataclass(frozen=True)
@@ -46,7 +46,8 @@ def learning_rate(settings: Settings, epoch: int, iteration: int) -> float:
     """The rate of a step: ``epoch`` counts from 1, ``iteration`` from 0 within it.
 
     step: lr * gamma^(number of milestones <= epoch). The seed steps its schedule before the epoch, so milestone m
-    takes effect in epoch m itself, not in m + 1. cosine: lr * (1 + cos(pi * progress)) / 2 after the warm-up.
+    takes effect in epoch m itself, not in m + 1. cosine: lr * (1 + cos(pi * progress)) / 2 after the warm-up. log: even
+    steps of the exponent, one an epoch, from lr in the first epoch after the warm-up to lr * gamma in the last.
     """
     done = epoch - 1 + iteration / max(settings.iterations, 1)
     if done < settings.warmup:
@@ -56,6 +57,10 @@ def learning_rate(settings: Settings, epoch: int, iteration: int) -> float:
     if settings.schedule == "cosine":
         progress = (done - settings.warmup) / max(settings.epochs - settings.warmup, 1e-9)
         return settings.lr * 0.5 * (1 + math.cos(math.pi * min(progress, 1.0)))
+    if settings.schedule == "log":
+        first = math.ceil(settings.warmup) + 1
+        progress = max(epoch - first, 0) / max(settings.epochs - first, 1)
+        return settings.lr * settings.lr_decay_gamma**progress
     if settings.schedule != "step":
         raise one_of("schedule", settings.schedule, SCHEDULES)
     return settings.lr * settings.lr_decay_gamma ** sum(epoch >= milestone for milestone in settings.lr_decay_epochs)

@@ -13,6 +13,7 @@ from typing import Any
 import yaml
 
 from metric_kd.engine.checkpoint import read_checkpoint, write_text
+from metric_kd.engine.weight_record import remove_record
 from metric_kd.errors import UserError
 
 RESUMABLE_KEYS = frozenset({"epochs", "workers", "device", "save_minutes", "resume", "dry_run", "save_dir", "plugins"})
@@ -40,6 +41,7 @@ class RunDirectory:
         self.best = self.path / "best.pth"
         self.last = self.path / "last.pth"
         self.card = self.path / "card.json"
+        self.weights = self.path / "weights"
 
     def best_of(self, network: str) -> Path:
         """Where the result of a network lies: best.pth for the student, NAME.pth for a peer."""
@@ -123,6 +125,7 @@ class RunDirectory:
             *self.path.glob("peer*.pth"),
         ):
             file.unlink(missing_ok=True)
+        remove_record(self.weights)
 
     def discard_unstarted(self) -> None:
         """Remove what a run wrote that was refused before its first checkpoint; files of others stay."""
@@ -131,6 +134,7 @@ class RunDirectory:
         for file in (self.config, self.metrics, self.path / ".lock"):
             file.unlink(missing_ok=True)
         shutil.rmtree(self.path / "tensorboard", ignore_errors=True)
+        remove_record(self.weights)
         with contextlib.suppress(OSError):  # not empty: someone else's files
             self.path.rmdir()
 

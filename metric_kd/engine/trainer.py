@@ -93,9 +93,19 @@ class Trainer:
         entered = self.stages[self.stage]
         return None if entered is None else entered[1].name
 
+    @property
+    def total_epochs(self) -> int:
+        """Of all stages together."""
+        return sum(
+            self.main_settings.epochs if entered is None else stage_settings(self.main_settings, entered[1]).epochs
+            for entered in self.stages
+        )
+
     def fit(self) -> None:
         """Train from the current position to the last epoch of the main stage."""
         with self.stop.listening():
+            if self.step == 0:
+                self._tell(lambda observer: observer.begin())
             while True:
                 self._fit_stage()
                 if self.stage == len(self.stages) - 1:
@@ -107,10 +117,12 @@ class Trainer:
         while self.epoch <= self.settings.epochs:
             started = time.monotonic()
             self._train_epoch(started)
-            record = self._close_epoch(started)
-            for observer in self.observers if distributed.is_main() else ():
-                observer.epoch_end(record)
+            self._close_epoch(started)
             self.stop.raise_if_made()
+
+    def _tell(self, what: Callable[[Observer], None]) -> None:
+        for observer in self.observers if distributed.is_main() else ():
+            what(observer)
 
     def _wrap(self) -> None:
         if distributed.world_size() > 1 and self.module is self.task:
@@ -192,6 +204,7 @@ class Trainer:
         self.scaler.step(self.optimizer)
         self.scaler.update()
         self.losses.add(total, values, self.step)
+        self._tell(lambda observer: observer.step_end())
 
     def _clip(self) -> None:
         if self.settings.clip_norm > 0:
@@ -199,7 +212,7 @@ class Trainer:
             for group in self.optimizer.param_groups:  # of peers each on its own
                 nn.utils.clip_grad_norm_(group["params"], self.settings.clip_norm)
 
-    def _close_epoch(self, started: float) -> dict[str, Any]:
+    def _close_epoch(self, started: float) -> None:
         self.losses.check(self.run.last)
         means = self.losses.means()
         record: dict[str, Any] = {
@@ -229,8 +242,8 @@ class Trainer:
             on_test = self.select is not None and not self.select.startswith("val_")
             line = epoch_line(record, self._title(), self.settings.epochs)
             tqdm.write(line + ("  (best is selected on test)" if on_test and self.stage_name is None else ""))
+        self._tell(lambda observer: observer.epoch_end(record))
         self.save(0.0)
-        return record
 
     def _evaluate(self, started: float) -> dict[str, dict[str, float]]:
         """Evaluation may take long, so the epoch is saved first and a signal stops it at once."""
@@ -244,9 +257,10 @@ class Trainer:
     def _write_best(self, name: str, metrics: dict[str, Any]) -> None:
         if distributed.is_main():
             self._check_finite()
-            write_checkpoint(self.run.best_of(name), {**self._state_of(self.task.networks[name]), "metrics": metrics})
+            write_checkpoint(self.run.best_of(name), {**self.state_of(self.task.networks[name]), "metrics": metrics})
 
-    def _state_of(self, network: Network | Coders) -> dict[str, Any]:
+    def state_of(self, network: Network | Coders) -> dict[str, Any]:
+        """What a checkpoint holds of one network: what it is, and its weights."""
         return {network.role: network.spec.to_dict(), "model": network.state_dict(), **self.about}
 
     def finish(self, metrics: dict[str, dict[str, float]]) -> None:
@@ -264,7 +278,7 @@ class Trainer:
             write_checkpoint(
                 self.run.last,
                 {
-                    **self._state_of(self.task.student),
+                    **self.state_of(self.task.student),
                     "task": {key: value for key, value in self.task.state_dict().items() if value is not None},
                     "optimizer": self.optimizer.state_dict(),
                     "scaler": self.scaler.state_dict(),
@@ -280,6 +294,7 @@ class Trainer:
                     "seconds": self.seconds + seconds,
                     "best": self.best,
                     "random": states,
+                    "observers": {o.name: o.state() for o in self.observers if o.name},
                     "environment": self.environment,
                     "config": self.config,
                 },
@@ -315,6 +330,9 @@ class Trainer:
         self.epoch, self.iteration, self.step = position["epoch"], position["iteration"], position["step"]
         self.lines = position["lines"]
         self.seconds, self.best = state["seconds"], state["best"]
+        for observer in self.observers:
+            if observer.name in state["observers"]:
+                observer.restore(state["observers"][observer.name])
         if len(state["random"]) == distributed.world_size():
             reproducibility.restore_random_states(state["random"][distributed.rank()])
         if distributed.is_main():

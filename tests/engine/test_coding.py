@@ -5,6 +5,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from killing import Killed, history, kill_at, same
 from tiny import write_images
 
 from metric_kd.cli.distill import main as distill
@@ -20,31 +21,6 @@ SMALL = [
     "--epochs", "2", "--lr", "0.02", "--device", "cpu", "--save_minutes", "0",
 ]  # fmt: skip
 BRIEF = ["--epochs", "4", "--batch", "16", "--device", "cpu", "--save_minutes", "0", "--abstract_dim", "5"]
-
-
-class Killed(BaseException):
-    """What SIGKILL is to a process."""
-
-
-def kill_at(step: int, monkeypatch) -> None:
-    update = Trainer._update
-
-    def mortal(self, batch):
-        if self.step == step:
-            raise Killed
-        update(self, batch)
-
-    monkeypatch.setattr(Trainer, "_update", mortal)
-
-
-def same(one: Path, other: Path, name: str = "best.pth") -> bool:
-    first, second = (read_checkpoint(run / name)["model"] for run in (one, other))
-    return first.keys() == second.keys() and all(torch.equal(first[key], second[key]) for key in first)
-
-
-def records(run: Path) -> list[dict]:
-    lines = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
-    return [{key: value for key, value in line.items() if key != "seconds"} for line in lines]
 
 
 @pytest.fixture(scope="module")
@@ -83,7 +59,7 @@ def test_the_file_of_coders_describes_itself(classifier, coders):
     assert "network" not in content, "it is no network, and cannot be taken for one"
     text = (coders / "result.txt").read_text()
     assert "Top-1 accuracy of the abstract decoder" in text and "Top-1 accuracy of the detailed decoder" in text
-    lines = records(coders)
+    lines = history(coders)
     assert (
         set(lines[0]["losses"]) == {"abstract", "detailed"}
         and lines[-1]["losses"]["abstract"] < lines[0]["losses"]["abstract"]
@@ -99,7 +75,7 @@ def test_fitting_is_killed_and_resumed(classifier, coders, tmp_path, monkeypatch
         fit_coders(flags)
     assert read_checkpoint(tmp_path / "cut" / "last.pth")["position"]["step"] == 4
     fit_coders(flags)
-    assert same(coders, tmp_path / "cut") and records(coders) == records(tmp_path / "cut")
+    assert same(coders, tmp_path / "cut") and history(coders) == history(tmp_path / "cut")
 
 
 def test_the_teacher_is_not_touched(classifier, tmp_path, monkeypatch):
@@ -133,16 +109,16 @@ def test_a_student_is_killed_and_resumed_and_ships_no_coder(
     assert any(key.startswith("objective.terms.granularity.encoders") for key in state["task"])
     assert state["task"]["objective.terms.granularity.encoders.abstract.2.weight"].shape == (5, 16)
     distill(student(*flags, to="cut"))
-    assert same(tmp_path / "whole", tmp_path / "cut") and records(tmp_path / "whole") == records(tmp_path / "cut")
+    assert same(tmp_path / "whole", tmp_path / "cut") and history(tmp_path / "whole") == history(tmp_path / "cut")
     assert {key.split(".")[0] for key in read_checkpoint(tmp_path / "whole")["model"]} == {"base", "classifier"}
-    assert "granularity" in records(tmp_path / "whole")[0]["losses"]
+    assert "granularity" in history(tmp_path / "whole")[0]["losses"]
     assert train(["--mode", "eval", "--load", str(tmp_path / "whole")]) == 0
 
 
 def test_mas_differs_from_mag_by_the_target(student, tmp_path):
     for kind in ("mag", "mas"):
         distill(student("--granularity", kind, "--loss", "st:0.8,temperature=4", "--epochs", "1", to=kind))
-    mag, mas = (records(tmp_path / kind)[0]["losses"] for kind in ("mag", "mas"))
+    mag, mas = (history(tmp_path / kind)[0]["losses"] for kind in ("mag", "mas"))
     assert mag["st"] != mas["st"]
 
 
@@ -163,7 +139,7 @@ def test_peers_sum_up_their_features_for_each_other(image_folder, tmp_path, monk
             "classifier",
         }
     losses = {"cross_entropy", "dml", "granularity"}
-    assert set(records(tmp_path / "whole")[-1]["losses"]) == {f"{k}_{x}" for k in ("student", "peer1") for x in losses}
+    assert set(history(tmp_path / "whole")[-1]["losses"]) == {f"{k}_{x}" for k in ("student", "peer1") for x in losses}
 
 
 def test_peers_train_both_networks_and_their_encoders():
@@ -202,7 +178,7 @@ def test_embedding_networks(teacher_run, image_folder, tmp_path):
     fit_coders([*BRIEF, "--teacher_load", str(teacher_run), "--save_dir", str(run)])
     assert read_checkpoint(run)["coders"]["decodes"] == "embedding"
     assert "Recall@1 of the abstract decoder" in (run / "result.txt").read_text()
-    gaps = [line["losses"]["detailed"] for line in records(run)]
+    gaps = [line["losses"]["detailed"] for line in history(run)]
     assert gaps[-1] < gaps[0]
     common = [*TINY, "--data", str(image_folder), "--teacher_load", str(teacher_run), "--granularity_load", str(run)]
     flags = [*common, "--dist_ratio", "1", "--save_dir", str(tmp_path / "student")]
@@ -295,7 +271,7 @@ def test_the_best_on_held_out_images(classifier, tmp_path):
         [*BRIEF, "--teacher_load", str(classifier), "--select", "val", "--eval_every", "1", "--save_dir", str(run)]
     )
     assert "selected on held-out training images" in (run / "result.txt").read_text()
-    assert "val_abstract_top1" in records(run)[0]
+    assert "val_abstract_top1" in history(run)[0]
 
 
 def test_losses_of_peers_may_be_averaged_over_entries(image_folder, tmp_path):
@@ -304,7 +280,7 @@ def test_losses_of_peers_may_be_averaged_over_entries(image_folder, tmp_path):
     for k, option in enumerate(("", ",elementwise=true")):
         losses = ["--loss", f"dml:1{option}", "--loss", f"granularity:1,detailed=0{option}", "--granularity", "mag"]
         distill([*common, "--lr", "1e-9", *losses, "--save_dir", str(tmp_path / str(k))])
-        found.append(records(tmp_path / str(k))[0]["losses"])
+        found.append(history(tmp_path / str(k))[0]["losses"])
     assert found[0]["student_dml"] == pytest.approx(8 * found[1]["student_dml"], rel=1e-3)
     assert found[0]["peer1_granularity"] == pytest.approx(64 * found[1]["peer1_granularity"], rel=1e-3)
 

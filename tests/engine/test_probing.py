@@ -6,6 +6,7 @@ from pathlib import Path
 import pytest
 import torch
 import yaml
+from killing import Killed, history, kill_at, same
 from tiny import TINY, write_images
 
 from metric_kd.cli.main import main as command
@@ -15,17 +16,12 @@ from metric_kd.cli.session import checked, make_settings
 from metric_kd.cli.train import main as train
 from metric_kd.engine.checkpoint import read_checkpoint, write_checkpoint
 from metric_kd.engine.probing import Probe, probed
-from metric_kd.engine.trainer import Trainer
 from metric_kd.errors import UserError
 from metric_kd.losses.objective import Objective, parse_loss
 from metric_kd.models.network import NetworkSpec, build_network
 from metric_kd.types import Batch
 
 SMALL = ["--dataset", "folder", "--batch", "8", "--device", "cpu", "--save_minutes", "0", "--epochs", "10"]
-
-
-class Killed(BaseException):
-    """What SIGKILL is to a process."""
 
 
 @pytest.fixture(scope="module")
@@ -65,24 +61,12 @@ def test_only_the_classifier_learns(classifier, other_images, tmp_path):
 
 def test_killed_and_resumed(classifier, other_images, tmp_path, monkeypatch):
     probe(flags_of(classifier, other_images, tmp_path / "whole"))
-    update = Trainer._update
-
-    def mortal(self, batch):
-        if self.step == 12:
-            raise Killed
-        update(self, batch)
-
     with monkeypatch.context() as patch, pytest.raises(Killed):
-        patch.setattr(Trainer, "_update", mortal)
+        kill_at(12, patch)
         probe(flags_of(classifier, other_images, tmp_path / "cut"))
     assert read_checkpoint(tmp_path / "cut" / "last.pth")["position"]["step"] == 11
     probe(flags_of(classifier, other_images, tmp_path / "cut"))
-    one, other = (read_checkpoint(tmp_path / name)["model"] for name in ("whole", "cut"))
-    assert all(torch.equal(one[key], other[key]) for key in one)
-    lines = [json.loads(line) for name in ("whole", "cut") for line in (tmp_path / name / "metrics.jsonl").open()]
-    for line in lines:
-        line.pop("seconds")
-    assert lines[: len(lines) // 2] == lines[len(lines) // 2 :]
+    assert same(tmp_path / "whole", tmp_path / "cut") and history(tmp_path / "whole") == history(tmp_path / "cut")
 
 
 def test_embedding_networks_are_probed_at_their_pooled_feature(image_folder, other_images, tmp_path):

@@ -1,10 +1,10 @@
 """Classification, stages of their own, peers: every kind of run is trained, killed anywhere, resumed, and equal."""
 
-import json
 from pathlib import Path
 
 import pytest
 import torch
+from killing import Killed, history, kill_at, weights
 
 from metric_kd.cli.distill import main as distill
 from metric_kd.cli.train import main as train
@@ -18,10 +18,6 @@ SMALL = [
 ]  # fmt: skip
 
 
-class Killed(BaseException):
-    """What SIGKILL is to a process."""
-
-
 @pytest.fixture(scope="module")
 def classifier(image_folder, tmp_path_factory) -> Path:
     run = tmp_path_factory.mktemp("classifier") / "run"
@@ -30,31 +26,11 @@ def classifier(image_folder, tmp_path_factory) -> Path:
     return run
 
 
-def weights(run: Path, name: str = "best.pth") -> dict:
-    return read_checkpoint(run / name)["model"]
-
-
-def lines(run: Path) -> list[dict]:
-    records = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
-    return [{key: value for key, value in record.items() if key != "seconds"} for record in records]
-
-
-def kill_at(step: int, monkeypatch) -> None:
-    update = Trainer._update
-
-    def mortal(self, batch):
-        if self.step == step:
-            raise Killed
-        update(self, batch)
-
-    monkeypatch.setattr(Trainer, "_update", mortal)
-
-
 def test_a_baseline_learns_and_is_evaluated_again(classifier, image_folder, tmp_path, capsys):
     text = (classifier / "result.txt").read_text()
     assert "Final Top-1 accuracy" in text and "Final Top-5 accuracy" in text
     assert read_checkpoint(classifier)["network"]["num_classes"] == 8
-    record = lines(classifier)[-1]
+    record = history(classifier)[-1]
     assert record["epoch"] == 4 and record["step"] == 4 * 3, "an epoch is once through the 48 training images"
     capsys.readouterr()
     assert train(["--mode", "eval", "--load", str(classifier)]) == 0
@@ -83,11 +59,11 @@ def test_killed_in_any_stage_and_resumed_gives_the_same_weights(
     distill([*common, "--save_dir", str(tmp_path / "cut")])
     whole, cut = weights(tmp_path / "whole"), weights(tmp_path / "cut")
     assert all(torch.equal(whole[key], cut[key]) for key in whole)
-    assert lines(tmp_path / "whole") == lines(tmp_path / "cut")
+    assert history(tmp_path / "whole") == history(tmp_path / "cut")
     if loss in STAGED:
-        assert [record.get("stage") for record in lines(tmp_path / "whole")] == STAGED[loss]
+        assert [record.get("stage") for record in history(tmp_path / "whole")] == STAGED[loss]
         named = loss.split(":")[0]
-        assert set(lines(tmp_path / "whole")[0]["losses"]) == {named}
+        assert set(history(tmp_path / "whole")[0]["losses"]) == {named}
     assert {key.split(".")[0] for key in whole} == {"base", "classifier"}, "the student holds nothing of the terms"
 
 
@@ -143,7 +119,7 @@ def test_peers_are_killed_resumed_and_kept_each(image_folder, tmp_path, monkeypa
         whole, cut = weights(tmp_path / "whole", name), weights(tmp_path / "cut", name)
         assert all(torch.equal(whole[key], cut[key]) for key in whole)
     assert "peer1: Best Top-1" in (tmp_path / "whole" / "result.txt").read_text()
-    record = lines(tmp_path / "whole")[-1]
+    record = history(tmp_path / "whole")[-1]
     assert {"student_cross_entropy", "student_dml", "peer1_cross_entropy", "peer1_dml"} == set(record["losses"])
     assert "peer1_top1" in record
     for name in ("best.pth", "peer1.pth"):
@@ -241,7 +217,7 @@ def test_a_teacher_of_other_classes_is_refused(image_folder, classifier, tmp_pat
 def test_selection_on_held_out_images(image_folder, tmp_path):
     train([*SMALL, "--data", str(image_folder), "--select", "val", "--save_dir", str(tmp_path / "run")])
     assert "selected on held-out training images" in (tmp_path / "run" / "result.txt").read_text()
-    assert "val_top1" in lines(tmp_path / "run")[0]
+    assert "val_top1" in history(tmp_path / "run")[0]
 
 
 def test_a_stage_beside_a_memory(classifier, image_folder, tmp_path):
@@ -253,7 +229,7 @@ def test_a_stage_beside_a_memory(classifier, image_folder, tmp_path):
 def test_a_last_batch_of_one_image_is_left_out(image_folder, tmp_path):
     flags = [*SMALL, "--data", str(image_folder), "--base", "resnet18", "--input_size", "32", "--pretrained", "false"]
     train([*flags, "--batch", "47", "--epochs", "1", "--save_dir", str(tmp_path / "run")])
-    assert lines(tmp_path / "run")[-1]["step"] == 1, "48 images are a batch of 47 and one that is left out"
+    assert history(tmp_path / "run")[-1]["step"] == 1, "48 images are a batch of 47 and one that is left out"
 
 
 def test_the_shared_start_is_written_by_a_run_and_by_nothing_else(classifier, image_folder, tmp_path):
@@ -280,7 +256,7 @@ def test_history_survives_another_number_of_epochs(classifier, image_folder, tmp
         kill_at(3 * (4 + 6) + 2, patch)  # a stage of a quarter of 16 epochs, then in epoch 7
         distill([*common, "--epochs", "16"])
     distill([*common, "--epochs", "8"])
-    assert [record["epoch"] for record in lines(tmp_path / "run") if "stage" not in record] == list(range(1, 9))
+    assert [record["epoch"] for record in history(tmp_path / "run") if "stage" not in record] == list(range(1, 9))
 
 
 def test_a_stage_leaves_no_gradient_behind(classifier, image_folder, tmp_path, monkeypatch):
@@ -292,7 +268,7 @@ def test_a_stage_leaves_no_gradient_behind(classifier, image_folder, tmp_path, m
         kill_at(5, patch)
         distill([*common, "--save_dir", str(tmp_path / "cut")])
     distill([*common, "--save_dir", str(tmp_path / "cut")])
-    assert lines(tmp_path / "whole") == lines(tmp_path / "cut")
+    assert history(tmp_path / "whole") == history(tmp_path / "cut")
     whole, cut = weights(tmp_path / "whole"), weights(tmp_path / "cut")
     assert all(torch.equal(whole[key], cut[key]) for key in whole)
 
