@@ -133,6 +133,7 @@ class ImageLoader:
     seed: of the augmentation. skip_unreadable: decode everything once, drop what cannot be read and list it in
     ``skipped``; otherwise ``UserError`` names the first such file, here where its first bytes show it, else when it is
     met. pin_memory: for asynchronous copies to a GPU; ignored without one. records: those in use, without the skipped.
+    side: px of the square that an image is made before it is cropped.
     """
 
     def __init__(
@@ -160,6 +161,7 @@ class ImageLoader:
         else:
             assert records.paths is not None
             source = _FileImages(records.paths, self.geometry)
+        self.side = source.side
         self.workers = workers if isinstance(source, _FileImages) else 0
         self._batches = _Batches(source, np.ascontiguousarray(self.records.labels, dtype=np.int64), self.geometry, seed)
         self._agenda = _Agenda()

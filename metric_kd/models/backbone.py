@@ -22,13 +22,18 @@ class Backbone(nn.Module):
     """Images in, stage maps and a pooled feature out.
 
     A subclass sets ``pooled_size``, ``input_size`` (px of a test crop), ``provides`` (fields of ``Output`` it can give)
-    and, where it does not follow the data set's own mean and standard deviation, ``pixels``.
+    and, where it does not follow the data set's own mean and standard deviation, ``pixels``. layers: a paper's name of
+    a layer -> path of the submodule whose output it is, before any activation; empty where no paper names them.
     """
 
     pooled_size: int
     input_size: int = 224
     pixels: Pixels | None = None
     provides: frozenset[str] = frozenset({"pooled"})
+    layers: dict[str, str] = {}
+
+    def start_classifier(self, classifier: nn.Linear) -> None:
+        """Draw the first weights of a classifier of the pooled feature; PyTorch's own are kept by default."""
 
     def forward(self, images: Tensor, want: tuple[str, ...] = ("pooled",)) -> Output:
         """images: (N, 3, H, W) float, normalised. Gives ``pooled`` always, ``maps`` and ``preacts`` where wanted."""

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from metric_kd.errors import UserError, one_of
-from metric_kd.models import cifar, googlenet, inception_bn  # noqa: F401  (they fill BACKBONES)
+from metric_kd.models import cifar, fully_connected, googlenet, inception_bn  # noqa: F401  (they fill BACKBONES)
 from metric_kd.models.backbone import BACKBONES, Backbone, Pixels
 from metric_kd.types import Output
 
@@ -113,7 +113,7 @@ def _known_name(name: str) -> tuple[str, dict[str, Any]]:
     if _factory(name) is not None:
         return name, {}
     width = re.fullmatch(r"(.+)_x(\d+\.?\d*)", name)
-    if width and width[1] in BACKBONES and "width" in _options(BACKBONES[width[1]]):
+    if width and width[1] in BACKBONES and _options(BACKBONES[width[1]]).get("width") is float:
         return width[1], {"width": float(width[2])}
     from metric_kd.models.resnet import require_torchvision, torchvision_names
 

@@ -9,7 +9,8 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from metric_kd.errors import UserError, one_of
-from metric_kd.models.backbone import Pixels
+from metric_kd.models.backbone import Backbone, Pixels
+from metric_kd.models.layers import LAYER, output_with_layers
 from metric_kd.models.names import Resolved, resolve
 from metric_kd.types import Output
 
@@ -93,6 +94,8 @@ class Network(nn.Module):
         self._read = resolved.read
         self.linear = nn.Linear(self.pooled_size, spec.embedding_size) if spec.embedding_size else None
         self.classifier = nn.Linear(self.pooled_size, spec.num_classes) if spec.num_classes else None
+        if self.classifier is not None and isinstance(self.base, Backbone):
+            self.base.start_classifier(self.classifier)
         own = {"pooled", "embedding", "logits"} if self.classifier is not None else {"pooled", "embedding"}
         self.provides = frozenset(resolved.provides | own)
         mean, std = (torch.tensor(v, dtype=torch.float64).view(1, 3, 1, 1) for v in (spec.pixels.mean, spec.pixels.std))
@@ -116,8 +119,11 @@ class Network(nn.Module):
         """What is wanted, and nothing else; pooled, embedding and logits are float32 (float64 in a float64 network)
         under autocast too.
 
-        Raises UserError for a field that is not in ``provides`` and for images that are not (N, 3, H, W).
+        "layer:NAME" fills ``taps[NAME]`` with any layer's feature (:mod:`metric_kd.models.layers`). Raises UserError for
+        a field that is not in ``provides``, a layer that is none, and images that are not (N, 3, H, W).
         """
+        if any(field.startswith(LAYER) for field in want):
+            return output_with_layers(self, images, want)
         for field in want:
             if field not in self.provides:
                 raise UserError(

@@ -13,6 +13,7 @@ from torch import Tensor
 
 from metric_kd.errors import UserError
 from metric_kd.models.backbone import BACKBONES, Pixels
+from metric_kd.models.fully_connected import ADDED, UNDERLYING
 from metric_kd.models.names import parse_base
 from metric_kd.models.network import Network, compare_state
 
@@ -50,9 +51,11 @@ OURS = {
 
 
 def default_pixels(base: str) -> Pixels | None:
-    """How the backbone wants its input: ImageNet's mean and deviation for torchvision names, its own for googlenet and
-    inception_v1bn, None for 32-px names, which follow the data set's. Raises UserError for an unknown name."""
+    """How the backbone wants its input: ImageNet's mean and deviation for torchvision names (vgg11_fc among them), its
+    own for googlenet and inception_v1bn, None for 32-px names, which follow the data set's. Raises UserError for an
+    unknown name."""
     name, _ = parse_base(base)
+    name = UNDERLYING.get(name, name)
     if name in BACKBONES:
         return getattr(BACKBONES[name], "pixels", None)
     return None if name.startswith("wrn_") else Pixels()
@@ -62,6 +65,9 @@ def published(name: str) -> Published | None:
     """The published weights of a backbone (of torchvision's, IMAGENET1K_V1: those of the RKD paper's time), or None."""
     if name in OURS:
         return OURS[name]
+    if name in UNDERLYING:
+        whole = published(UNDERLYING[name])
+        return whole and whole._replace(label=f"{whole.label}, convolutional part")
     if name in BACKBONES or name.startswith("wrn_"):
         return None
     from torchvision.models import get_model_weights
@@ -75,8 +81,10 @@ def load_pretrained(network: Network, choice: str, *, cache: str | None = None) 
 
     choice: "auto" (ImageNet weights for torchvision names, googlenet and inception_v1bn; none for 32-px names), "true",
     "false" or the path of a file: a state dict (.pth; restricted unpickler) with torchvision's keys or with ``base.*``,
-    or googlenet's .h5. Classifiers in the file are left out; everything else must fit. cache: folder for downloads,
-    torch.hub's by default. Raises UserError where there are no such weights, no network, or no fit.
+    or googlenet's .h5. Classifiers in the file are left out; everything else must fit. vgg11_fc and its like take
+    the convolutional part of vgg11's weights and keep their own fc1 and fc2, unless the file has these too. cache:
+    folder for downloads, torch.hub's by default. Raises UserError where there are no such weights, no network, or no
+    fit.
     """
     name, _ = parse_base(network.spec.base)
     if choice == "false":
@@ -179,6 +187,8 @@ def _fill(network: Network, name: str, state: Mapping[str, Tensor], origin: str)
             # Old ports keep batch normalisation's vectors as (1, C).
             weights[key] = weights[key].reshape(own[key].shape) if own[key].dim() == 1 else weights[key]
     missing, unknown, mismatched = compare_state(network.base, weights)
+    if name in UNDERLYING and not any(key.startswith(ADDED) for key in weights):
+        missing = [key for key in missing if not key.startswith(ADDED)]
     advice = "pass the weights of this backbone, or --pretrained false."
     if missing:
         raise UserError(f"{origin} has no {missing[0]!r}, which {name} needs; {advice}")

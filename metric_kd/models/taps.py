@@ -19,12 +19,14 @@ class Taps:
 
     values: {path: output of that layer in its latest call, with its gradient history}; of a tuple, the first tensor.
     Inside the ``with``, layers that work in place (ReLU) work out of place, so that a tapped value is not overwritten
-    by the next layer. Raises UserError for an unknown path and, when ``values`` is read, for a value that is no tensor
-    or that code inside the model overwrote all the same.
+    by the next layer. copies: keep copies instead, and let all layers work as they do; whoever else reads the layer then
+    finds what it always finds. Raises UserError for an unknown path and, when ``values`` is read, for a value that is no
+    tensor or that code inside the model overwrote all the same.
     """
 
-    def __init__(self, module: nn.Module, paths: Sequence[str]):
+    def __init__(self, module: nn.Module, paths: Sequence[str], copies: bool = False):
         self.module = module
+        self.copies = copies
         self.paths = tuple(paths)
         known = dict(module.named_modules())
         for path in self.paths:
@@ -44,7 +46,8 @@ class Taps:
         return self._values
 
     def __enter__(self) -> "Taps":
-        self._in_place = [m for m in self.module.modules() if getattr(m, "inplace", False) is True]
+        in_place = [m for m in self.module.modules() if getattr(m, "inplace", False) is True]
+        self._in_place = [] if self.copies else in_place
         for layer in self._in_place:
             layer.inplace = False  # type: ignore[assignment]
         for path, layer in self._layers:
@@ -65,6 +68,7 @@ class Taps:
             value = output[0] if isinstance(output, (tuple, list)) and output else output
             if not isinstance(value, Tensor):
                 raise UserError(f"layer {path!r} gives a {type(value).__name__}, no tensor; tap a layer inside it.")
+            value = value.clone() if self.copies else value
             self._values[path] = value
             self._versions[path] = 0 if value.is_inference() else value._version
 
