@@ -20,9 +20,11 @@ MAY_IMPORT = {
     "distill": GROUND | {"data", "models", "losses"},
     "engine": GROUND | {"data", "models", "losses", "distill"},
     "evaluation": GROUND | {"data", "models"},
-    "report": GROUND | {"data", "models", "evaluation"},
+    "quantify": GROUND | {"data", "models", "losses", "distill", "engine"},
+    "report": GROUND | {"data", "models", "evaluation", "quantify"},
     "deploy": GROUND | {"data", "models", "losses", "distill", "engine", "evaluation"},
-    "cli": GROUND | {"data", "models", "losses", "distill", "engine", "evaluation", "report", "deploy", "presets"},
+    "cli": GROUND
+    | {"data", "models", "losses", "distill", "engine", "quantify", "evaluation", "report", "deploy", "presets"},
 }
 FRONT_DOORS = {"functional", "__init__"}
 

@@ -35,7 +35,8 @@ def write_page(
     runs = list(runs)
     if not runs or not common_ks(runs):
         raise UserError("a page needs at least one run, and a K of Recall@K that all runs were evaluated with.")
-    html = _render(
+    html = render(
+        "page.html",
         title=title,
         intro=intro,
         runs=runs,
@@ -46,19 +47,21 @@ def write_page(
         galleries=list(galleries),
         facts=dict(facts or {}),
     )
-    return _replace(Path(path), html)
+    return replace_page(Path(path), html)
 
 
-def _render(**content: object) -> str:
+def render(template: str, **content: object) -> str:
+    """A template of this package, filled; what is put in is escaped, and a name that is missing raises."""
     from jinja2 import Environment, StrictUndefined
 
     environment = Environment(autoescape=True, undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True)
     environment.filters.update(percent=words.percent, count=words.count, duration=words.duration, folded=words.folded)
-    template = resources.files("metric_kd.report").joinpath("page.html").read_text(encoding="utf-8")
-    return environment.from_string(template).render(**content)
+    source = resources.files("metric_kd.report").joinpath(template).read_text(encoding="utf-8")
+    return environment.from_string(source).render(**content)
 
 
-def _replace(path: Path, text: str) -> Path:
+def replace_page(path: Path, text: str) -> Path:
+    """Write the text and return its path, as a whole or not at all; ``UserError`` where it cannot be written."""
     part = path.with_name(f".{path.name}.{os.getpid()}.part")
     try:
         path.parent.mkdir(parents=True, exist_ok=True)

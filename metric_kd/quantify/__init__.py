@@ -1,0 +1,1 @@
+"""What distillation taught a network: information discarding, concepts, and how they were learned."""
