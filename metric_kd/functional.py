@@ -6,6 +6,7 @@ from metric_kd.distill.feature.at import at
 from metric_kd.distill.feature.fitnet import fitnet
 from metric_kd.distill.feature.fsp import fsp
 from metric_kd.distill.feature.ft import ft
+from metric_kd.distill.feature.imitate import imitate
 from metric_kd.distill.feature.kdsvd import kdsvd
 from metric_kd.distill.feature.lwm import lwm
 from metric_kd.distill.feature.nst import nst
@@ -45,6 +46,7 @@ __all__ = [
     "fsp",
     "ft",
     "granularity",
+    "imitate",
     "irg_edge",
     "irg_transformation",
     "irg_vertex",

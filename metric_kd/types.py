@@ -31,7 +31,7 @@ class Output(NamedTuple):
     """What a network says about a batch; what was not wanted is None.
 
     maps: tuple of (N, C, H, W), after the activation: stem, stage 1 .. n; preacts: the same before the activation.
-    pooled: (N, F) after global pooling; embedding: (N, D); logits: (N, K); taps: {module path: tensor}.
+    pooled: (N, F) after global pooling; embedding: (N, D); logits: (N, K); taps: {layer's name: tensor}.
     codes: (N, a) and (N, d), summaries of the pooled feature (:mod:`metric_kd.distill.granularity`).
     """
 

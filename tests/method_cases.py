@@ -62,6 +62,7 @@ CASES = {
     "fsp": Case(in_halves(KD.fsp), MAPS, (4, 2, 2)),
     "ft": Case(KD.ft, MAPS, MAPS),
     "granularity": Case(in_halves(KD.granularity), (8,), (8,)),
+    "imitate": Case(KD.imitate, MAPS, MAPS),
     "irg_edge": Case(KD.irg_edge, (4,), MAPS),
     "irg_transformation": Case(in_halves(KD.irg_transformation), (8,), (6,)),
     "irg_vertex": Case(KD.irg_vertex, (5,), (5,)),

@@ -70,7 +70,9 @@ class RunConfig:
     optimizer: Literal["adam", "adamw", "sgd"] = flag("adam", "optimiser, fused (sgd: momentum 0.9)")
     nesterov: bool = flag(True, "Nesterov's form of momentum (sgd)")
     weight_decay: float = flag(1e-5, "weight decay")
-    schedule: Literal["step", "cosine"] = flag("step", "how the learning rate falls")
+    schedule: Literal["step", "cosine", "log"] = flag(
+        "step", "how the learning rate falls; log: in even steps of its exponent to --lr times --lr_decay_gamma"
+    )
     warmup: float = flag(0.0, "epochs of linear warm-up")
     clip_norm: float = flag(0.0, "clip the gradient to this norm; 0: never")
     freeze_bn: bool = flag(False, "keep the running statistics of batch normalisation")
@@ -91,6 +93,12 @@ class RunConfig:
     plugins: list[str] = flag([], "Python files or modules that register your own losses, data sets or backbones")
 
 
+FIT_HEAD = (
+    "a layer's name, or auto (the one that --load has imitated): keep the network of --load up to it as it is and train "
+    "what follows"
+)
+
+
 @dataclass(kw_only=True)
 class TrainConfig(RunConfig):
     """run.py: train or evaluate one network."""
@@ -98,6 +106,7 @@ class TrainConfig(RunConfig):
     mode: Literal["train", "eval"] = flag("train", "train, or evaluate --load")
     sample: str = flag("all", "triplet sampler of the triplet and contrastive losses; `metric-kd list samplers`")
     margin: float = flag(0.2, "margin of the triplet and contrastive losses")
+    fit_head: str | None = flag(None, FIT_HEAD)
 
 
 @dataclass(kw_only=True)
@@ -135,6 +144,12 @@ class DistillConfig(RunConfig):
         None, "mag: add the term granularity; mas: and make the average of teacher and decoders the target of logits"
     )
     granularity_load: str | None = flag(None, "the teacher's coders: a run of `metric-kd granularity`, or its best.pth")
+    imitate: str | None = flag(
+        None,
+        "a layer's name (conv, fc1, pooled, embedding, base.layer3.0.conv1, ...): learn that feature of the teacher alone",
+    )
+    teacher_layer: str | None = flag(None, "its name in the teacher, where that is another")
+    fit_head: str | None = flag(None, FIT_HEAD)
 
 
 @dataclass(kw_only=True)
@@ -164,11 +179,58 @@ class ProbeConfig(RunConfig):
     flip: bool = flag(True, "mirror training images at random, where the data set allows it")
 
 
-COMMANDS: dict[str, type[RunConfig]] = {
+@dataclass(kw_only=True)
+class QuantifyConfig:
+    """metric-kd quantify: what distillation taught, by the concepts in a layer: how many, how soon, how stably."""
+
+    teacher: str | None = flag(None, "the teacher: a run or a checkpoint")
+    distilled: str | None = flag(None, "the distilled student: a run trained with --record_weights, or a checkpoint")
+    baseline: str | None = flag(None, "the same student trained without the teacher, likewise")
+    layer: str = flag("embedding", "where to look: embedding, pooled, logits, conv, fc1, ..., or a module's path")
+    teacher_layer: str | None = flag(None, "its name in the teacher, where that is another")
+    images: str | None = flag(
+        None, "folder of images; default training images of the distilled run (else the baseline's)"
+    )
+    masks: str = flag(
+        "central", "foreground: central (the middle two thirds), a folder of segmentations, a CSV of boxes, or CUB's"
+    )
+    view: Literal["crop", "whole"] = flag("crop", "the centre crop of the network's test, or the whole image shrunk")
+    count: int = flag(50, "images to look at, drawn at random")
+    epochs: str | None = flag(None, "recorded epochs to look at, as in 0,5,10; default all that were recorded")
+    grid: int = flag(16, "cells along a side of an image")
+    draws: int = flag(96, "noise images per iteration")
+    antithetic: bool = flag(False, "draw noise in pairs of opposite sign: less spread at the same cost")
+    iterations: int = flag(80, "iterations of the search")
+    lam: float | None = flag(None, "weight of the entropy; default 7 (the reference has 6 for ResNets)")
+    target: float = flag(-2.8, "mean entropy, in nats, at which maps are compared")
+    form: Literal["reference", "paper"] = flag(
+        "reference", "the search of the authors' program, or of the paper's text"
+    )
+    relu: Literal["auto", "true", "false"] = flag("auto", "look behind a ReLU; auto: but for embeddings")
+    threshold: float = flag(0.2, "nats by which a concept keeps more than the background")
+    background: Literal["dataset", "image"] = flag(
+        "dataset", "the background's entropy: its mean over all images (the program), or each image's own (the paper)"
+    )
+    distance: Literal["step", "epoch"] = flag(
+        "step", "how far weights moved in an epoch: over all its steps (the program), or from end to end (the paper)"
+    )
+    empty: Literal["skip", "zero"] = flag("skip", "stability of an image without any concept: left out, or 0")
+    pictures: int = flag(4, "images to show on the page")
+    batch: int | None = flag(None, "noisy images per forward pass; default by their size")
+    skip_unreadable: bool = flag(False, "leave out images that cannot be read")
+    seed: int = flag(0, "seed of the choice of images and of the noise")
+    device: Literal["auto", "cpu", "cuda"] = flag("auto", "where to compute")
+    out: str | None = flag(None, "folder of the results; default runs/quantify-<hash of the flags>")
+    resume: Literal["auto", "never"] = flag("auto", "go on with the maps in --out, or start over")
+    dry_run: bool = flag(False, "check everything, print what would be done")
+
+
+COMMANDS: dict[str, type[Any]] = {
     "train": TrainConfig,
     "distill": DistillConfig,
     "granularity": GranularityConfig,
     "probe": ProbeConfig,
+    "quantify": QuantifyConfig,
 }
 
 
@@ -194,6 +256,11 @@ def with_rate(config: RunConfig) -> RunConfig:
 
 def is_evaluation(config: RunConfig) -> bool:
     return isinstance(config, TrainConfig) and config.mode == "eval"
+
+
+def fit_head_of(config: RunConfig) -> str | None:
+    """The layer after which a run trains (--fit_head); None where it trains all."""
+    return getattr(config, "fit_head", None)
 
 
 def to_dict(config: RunConfig) -> dict[str, Any]:

@@ -86,7 +86,7 @@ def _fit(
     if trainer.resume():
         where = "" if trainer.stage_name is None else f"stage {trainer.stage_name}, "
         say(f"resuming {run.path} at {where}epoch {trainer.epoch}, step {trainer.iteration} of it")
-        moving = session.config.schedule == "cosine" or session.config.lr_decay_at or trainer.task.stages()
+        moving = session.config.schedule != "step" or session.config.lr_decay_at or trainer.task.stages()
         if extended and moving:
             say("more epochs than before: what follows their number (rate, schedules, stages) is another from here on")
     else:

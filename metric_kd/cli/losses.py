@@ -27,6 +27,10 @@ def fold(config: RunConfig) -> RunConfig:
         return replace(config, loss=[str(_with_defaults(loss, defaults)) for loss in losses])
     assert isinstance(config, DistillConfig)
     losses += [loss for loss in _from_ratios(config) if loss.weight != 0]
+    if config.imitate is not None:
+        losses = [_imitation(config, losses)]
+    if config.fit_head is not None and config.task == "classification" and not losses:
+        losses = [_on_logits(parse_loss("cross_entropy"), config)]
     if config.mutual:
         if config.task == "classification" and all(TERMS[loss.name].reads_teacher for loss in losses):
             losses.insert(0, _on_logits(parse_loss("cross_entropy"), config))
@@ -57,6 +61,18 @@ def _on_logits(loss: LossSpec, config: RunConfig) -> LossSpec:
     if classifies and loss.name == "cross_entropy":
         return loss._replace(options={"features": "logits", **loss.options})
     return loss
+
+
+def _imitation(config: DistillConfig, losses: list[LossSpec]) -> LossSpec:
+    """The one loss of --imitate."""
+    options = {"layer": config.imitate} | ({"teacher_layer": config.teacher_layer} if config.teacher_layer else {})
+    only = LossSpec("imitate", 1.0, options)
+    if any(loss != only for loss in losses):
+        raise UserError(
+            f"--imitate {config.imitate} learns the teacher's feature and nothing else; leave the other losses out, or give "
+            f"--loss imitate:1,layer={config.imitate} among them instead."
+        )
+    return only
 
 
 def _with_defaults(loss: LossSpec, defaults: dict[str, object]) -> LossSpec:

@@ -15,6 +15,7 @@ COMMANDS = {
     "probe": "a linear classifier on the frozen backbone of a run, on another data set",
     "compare": "methods, weights and seeds of a YAML file, as one table",
     "analyse": "how alike a student and its teacher are inside",
+    "quantify": "what distillation taught, by the concepts in a layer",
     "embed": "write the embeddings of a folder of images",
     "list": "names of datasets, backbones, samplers, losses or methods",
 }

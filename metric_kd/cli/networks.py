@@ -5,17 +5,28 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from metric_kd.cli.config import NETWORK_FIELDS, DistillConfig, GranularityConfig, ProbeConfig, RunConfig, is_evaluation
+import torch
+
+from metric_kd.cli.config import (
+    NETWORK_FIELDS,
+    DistillConfig,
+    GranularityConfig,
+    ProbeConfig,
+    RunConfig,
+    fit_head_of,
+    is_evaluation,
+)
 from metric_kd.cli.goals import network_spec
 from metric_kd.data.records import ImageRecords
 from metric_kd.distill.granularity import CodedTeacher, Coders
-from metric_kd.engine.checkpoint import read_checkpoint, restore_network, write_checkpoint
+from metric_kd.engine.checkpoint import describe_mismatch, read_checkpoint, restore_network, write_checkpoint
 from metric_kd.engine.coding import coded, coders_for
 from metric_kd.engine.probing import probed
 from metric_kd.errors import UserError
 from metric_kd.models import default_pixels, load_pretrained
 from metric_kd.models.backbone import Pixels
-from metric_kd.models.network import Network, build_network, load_weights
+from metric_kd.models.layers import running_up_to
+from metric_kd.models.network import Network, NetworkSpec, build_network, compare_state, load_weights
 
 
 def _given_fields(config: RunConfig, given: frozenset[str], prefix: str) -> dict[str, Any]:
@@ -29,9 +40,8 @@ def _given_fields(config: RunConfig, given: frozenset[str], prefix: str) -> dict
 
 def teacher_of(config: RunConfig, given: frozenset[str], head: dict[str, Any]) -> Network | CodedTeacher | None:
     """The teacher, with its coders where --granularity_load names them."""
-    if not isinstance(config, DistillConfig) or config.mutual:
+    if not isinstance(config, DistillConfig) or config.mutual or config.teacher_load is None:
         return None
-    assert config.teacher_load is not None
     fallback = network_spec(config, "teacher_", default_pixels(config.teacher_base) or Pixels(), head)
     teacher = restore_network(config.teacher_load, fallback, _given_fields(config, given, "teacher_"), "teacher")
     if config.granularity_load is None:
@@ -76,6 +86,10 @@ def student_of(
         plain = replace(spec, num_classes=None)
         return probed(restore_network(config.load, plain, _given_fields(config, given, "")), head["num_classes"])
     network = build_network(spec)
+    layer = fit_head_of(config)
+    if layer is not None:
+        assert config.load is not None
+        _check_start(network, config.load, layer, _given_fields(config, given, ""))
     if config.student_init is not None:
         notes.append(_start_together(network, config.student_init, config.pretrained))
     elif config.load is None:
@@ -132,6 +146,22 @@ def _start_from(network: Network, path: str) -> str:
         if names
     ]
     return ", ".join([f"started from {path}", *parts])
+
+
+def _check_start(network: Network, path: str, layer: str, given: dict[str, Any]) -> None:
+    """Refuse a checkpoint that lacks some of what runs up to a layer: it would stay random for ever."""
+    content = read_checkpoint(path)
+    if "network" in content:
+        describe_mismatch(NetworkSpec.from_dict(content["network"]), given, "checkpoint")
+    side = network.spec.input_size
+    fixed = running_up_to(network, layer, torch.zeros(2, 3, side, side))
+    missing, _, mismatched = compare_state(network, content["model"])
+    for name in [*missing, *mismatched]:
+        if name in fixed.parameters or name.rpartition(".")[0] in fixed.modules:
+            raise UserError(
+                f"--load {path} has no {name!r} that fits, which runs up to layer {layer!r} and would stay random; give the "
+                "run whose layers are to be kept."
+            )
 
 
 def _pixels_of(records: ImageRecords) -> Pixels:

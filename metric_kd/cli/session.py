@@ -11,10 +11,12 @@ from metric_kd.cli.config import (
     GranularityConfig,
     ProbeConfig,
     RunConfig,
+    fit_head_of,
     is_evaluation,
     with_rate,
 )
 from metric_kd.cli.goals import Decoding, Goal, goal_of, load_splits
+from metric_kd.cli.imitating import imitating
 from metric_kd.cli.losses import fold, losses_of
 from metric_kd.cli.networks import check_classes, coders_of, peers_of, student_of, teacher_of
 from metric_kd.cli.parse import Parsed
@@ -27,6 +29,7 @@ from metric_kd.data.transforms import Geometry
 from metric_kd.devices import choose_device
 from metric_kd.distill.granularity import CodedTeacher, Coders, Encoders
 from metric_kd.engine.coding import Coding
+from metric_kd.engine.imitation import HeadFit, Imitation
 from metric_kd.engine.mutual import Mutual
 from metric_kd.engine.optimisation import Settings, milestone
 from metric_kd.engine.probing import Probe
@@ -36,6 +39,7 @@ from metric_kd.errors import UserError
 from metric_kd.evaluation.classification import default_top
 from metric_kd.losses.objective import LossSpec, Objective, require_provided
 from metric_kd.models import check_base
+from metric_kd.models.layers import layers_in
 from metric_kd.models.network import Network
 
 
@@ -62,7 +66,7 @@ class Session:
         if isinstance(self.student, Coders):
             assert isinstance(self.teacher, Network)
             return Decoding(goal, self.teacher)
-        return goal
+        return imitating(self.config, goal, self.teacher)
 
     @property
     def losses(self) -> list[LossSpec]:
@@ -93,7 +97,7 @@ def checked(parsed: Parsed) -> Parsed:
     if sentences:
         raise UserError(sentences[0])
     config = replace(config, input_size=check_base(config.base, config.input_size))
-    if isinstance(config, DistillConfig) and not config.mutual:
+    if isinstance(config, DistillConfig) and config.teacher_load is not None:
         config = replace(config, teacher_input_size=check_base(config.teacher_base, config.teacher_input_size))
     return Parsed(config, parsed.given)
 
@@ -163,10 +167,12 @@ def _check_losses(
     objective = Objective(losses_of(config))
     for name, network in {"student": student, **peers}.items():
         require_provided(name, network.provides, objective)
+        layers_in(network, objective.all_needs[0])
     if teacher is None:
         return
     require_provided("teacher", teacher.provides, objective, teacher=True)
-    if "logits" in objective.all_needs[1]:
+    named = layers_in(teacher, objective.all_needs[1])
+    if "logits" in objective.all_needs[1] or any(layer.field == "logits" for layer in named.values()):
         assert isinstance(config, DistillConfig) and config.teacher_load is not None
         way_out = "train both on the same classes (--train_classes, --labels) or choose losses that read no logits"
         check_classes(teacher, config.teacher_load, classes, way_out)
@@ -194,6 +200,10 @@ def make_task(session: Session) -> Solo | Mutual | Coding:
                 raise UserError(f"loss {key!r} remembers every image in one process; run it without torchrun.")
         if isinstance(config, ProbeConfig):
             task = Probe(session.student, objective, config.precision)
+        elif (layer := fit_head_of(config)) is not None:
+            task = HeadFit(session.student, session.teacher, objective, layer, config.precision)
+        elif isinstance(config, DistillConfig) and config.imitate is not None:
+            task = Imitation(session.student, session.teacher, objective, config.precision)
         else:
             task = Solo(session.student, session.teacher, objective, config.precision)
     records = session.train.records
@@ -250,9 +260,10 @@ def _loaders(
     flip, side = fit.flip, None
     if isinstance(config, ProbeConfig):  # the whole image, shrunk, as the papers do
         flip, side = flip and config.flip, size
-    test_only = Geometry(input_size=size, resize=side, flip=False)
     other = config.teacher_input_size if isinstance(config, DistillConfig) and not config.mutual else None
     other = None if other == size else other
+    compared = isinstance(config, DistillConfig) and config.imitate is not None  # both see the test images as well
+    test_only = Geometry(input_size=size, teacher_input_size=other if compared else None, resize=side, flip=False)
     test = ImageLoader(splits.test, test_only, **common)
     if evaluating:
         return test, None, test

@@ -4,9 +4,18 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from metric_kd.cli.config import NETWORK_FIELDS, DistillConfig, GranularityConfig, ProbeConfig, RunConfig, is_evaluation
+from metric_kd.cli.config import (
+    NETWORK_FIELDS,
+    DistillConfig,
+    GranularityConfig,
+    ProbeConfig,
+    RunConfig,
+    fit_head_of,
+    is_evaluation,
+)
 from metric_kd.engine.checkpoint import read_checkpoint
 from metric_kd.engine.run_directory import RunDirectory
+from metric_kd.errors import UserError
 from metric_kd.models.network import NetworkSpec
 
 
@@ -30,7 +39,19 @@ def with_checkpoints(config: RunConfig, given: frozenset[str]) -> RunConfig:
     if is_evaluation(config) and config.load is not None:
         config = _adopt(config, config.load, "", given, "checkpoint")
         config = _with_data_of(config, config.load, given)
+    if fit_head_of(config) is not None and config.load is not None and not is_evaluation(config):
+        config = _with_layer(_adopt(config, config.load, "", given, "checkpoint"))
     return config
+
+
+def _with_layer(config: Any) -> Any:
+    """--fit_head auto as the layer that the run of --load has imitated."""
+    if config.fit_head != "auto":
+        return config
+    layer = (run_of(config.load).stored_config() or {}).get("imitate")
+    if layer is None:
+        raise UserError(f"--fit_head auto: {config.load} is no run of --imitate; name the layer, as in --fit_head fc1.")
+    return replace(config, fit_head=layer)
 
 
 def _with_data_of(config: Any, path: str, given: frozenset[str]) -> Any:

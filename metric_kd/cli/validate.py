@@ -4,7 +4,15 @@ from collections.abc import Callable, Iterable
 from functools import partial
 from pathlib import Path
 
-from metric_kd.cli.config import DistillConfig, GranularityConfig, ProbeConfig, RunConfig, TrainConfig
+from metric_kd.cli.config import (
+    DistillConfig,
+    GranularityConfig,
+    ProbeConfig,
+    RunConfig,
+    TrainConfig,
+    fit_head_of,
+    is_evaluation,
+)
 from metric_kd.cli.goals import is_number
 from metric_kd.cli.losses import losses_of
 from metric_kd.data import DATASETS
@@ -83,6 +91,8 @@ def _schedule(config: RunConfig) -> list[str]:
     for key in ("weight_decay", "warmup", "clip_norm", "save_minutes", "lr_decay_gamma"):
         if getattr(config, key) < 0:
             sentences.append(f"--{key} is {getattr(config, key)}; give 0 or more.")
+    if config.schedule == "log" and config.lr_decay_gamma == 0:
+        sentences.append("--schedule log ends at --lr times --lr_decay_gamma; give a gamma above 0.")
     if any(epoch < 1 for epoch in config.lr_decay_epochs):
         sentences.append("--lr_decay_epochs counts epochs from 1; give 1 or more.")
     if any(not 0 < share < 1 for share in config.lr_decay_at or []):
@@ -96,6 +106,8 @@ def _networks(config: RunConfig) -> list[str]:
     """Which networks a command trains, and which it needs for that."""
     sentences = []
     needs_teacher = isinstance(config, GranularityConfig) or (isinstance(config, DistillConfig) and not config.mutual)
+    if fit_head_of(config) is not None:  # which may well be done from the labels alone
+        needs_teacher = any(TERMS[loss.name].reads_teacher for loss in losses_of(config) if loss.weight)
     if needs_teacher and getattr(config, "teacher_load", None) is None:
         sentences.append("a teacher is needed: give --teacher_load RUN_OR_FILE (run.py trains one).")
     if isinstance(config, DistillConfig):
@@ -104,7 +116,7 @@ def _networks(config: RunConfig) -> list[str]:
         rates = config.peer_lr
         if rates is not None and (len(rates) != len(config.mutual) or not all(rate > 0 for rate in rates)):
             sentences.append("--peer_lr takes one positive rate for each --mutual; give as many, or leave it out.")
-        sentences += _granularity(config)
+        sentences += _granularity(config) + _imitation(config)
     if isinstance(config, GranularityConfig):
         for key in ("load", "student_init", "loss"):
             if getattr(config, key) is not None:
@@ -114,6 +126,11 @@ def _networks(config: RunConfig) -> list[str]:
             sentences.append("nothing to probe: name a run or a checkpoint, as in `metric-kd probe RUN`.")
         if config.freeze_bn:
             sentences.append("a probe's backbone is frozen as it is; leave --freeze_bn out.")
+    if fit_head_of(config) is not None:
+        if config.load is None:
+            sentences.append("--fit_head keeps layers of a trained network; give --load RUN_OR_FILE.")
+        if is_evaluation(config):
+            sentences.append("--fit_head trains what follows a layer; leave it or --mode eval out.")
     if isinstance(config, TrainConfig) and config.mode == "eval" and config.load is None:
         sentences.append("nothing to evaluate: give --load RUN_OR_FILE.")
     return sentences
@@ -165,6 +182,19 @@ def _losses(config: RunConfig) -> list[str]:
         if compares and config.num_image_per_class < 2:
             sentences.append(f"loss {loss.name!r} compares images of one class; give --num_image_per_class 2 or more.")
     return sentences + _refusals((lambda: Objective(losses_of(config)),))
+
+
+def _imitation(config: DistillConfig) -> list[str]:
+    """--imitate and --fit_head are steps of their own, of one student."""
+    if config.imitate is None and config.teacher_layer is not None:
+        return ["--teacher_layer names the layer that --imitate reads of the teacher; give --imitate LAYER too."]
+    if config.mutual and (config.imitate is not None or config.fit_head is not None):
+        return ["--imitate and --fit_head train one student; leave them or --mutual out."]
+    if config.imitate is not None and config.fit_head is not None:
+        return ["--imitate trains up to a layer and --fit_head what follows it; do one run after the other."]
+    if config.imitate is not None and config.granularity is not None:
+        return ["--imitate learns the teacher's feature and nothing else; leave --granularity out."]
+    return []
 
 
 def _granularity(config: DistillConfig) -> list[str]:

@@ -1,5 +1,6 @@
 """The trainer: stage by stage, sum the terms, step, save. It knows neither methods nor metrics, only a task."""
 
+import math
 import time
 from collections.abc import Callable, Sequence
 from typing import Any, Protocol
@@ -229,7 +230,8 @@ class Trainer:
             metrics = self._evaluate(started)
             for name, values in metrics.items():
                 record.update(values if name == "student" else {f"{name}_{key}": v for key, v in values.items()})
-                if self.select is not None and values[self.select] > self.best.get(name, {}).get(self.select, -1.0):
+                best = self.best.get(name, {})
+                if self.select is not None and values[self.select] > best.get(self.select, -math.inf):
                     self.best[name] = {"epoch": self.epoch, **values}
                     self._write_best(name, self.best[name])
         elapsed = time.monotonic() - started

@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from metric_kd.distances import sharing
 from metric_kd.errors import UserError, one_of
 from metric_kd.losses.term import TERMS, Pair, PairTerm, Stage, Term
+from metric_kd.models.layers import LAYER
 from metric_kd.types import Batch, Output
 
 
@@ -279,13 +280,16 @@ def wanted_of_teacher(term: Term | type[Term]) -> tuple[str, ...]:
 
 
 def require_provided(owner: str, provides: frozenset[str], objective: Objective, *, teacher: bool = False) -> None:
-    """Refuse, in one sentence, a network (``teacher``: in that role) that cannot give what the terms read."""
+    """Refuse, in one sentence, a network (``teacher``: in that role) that cannot give what the terms read.
+
+    Layers by name are looked up in the network itself (:func:`~metric_kd.models.layers.layers_in`).
+    """
     for key, term in objective.items():
         wanted = term.needs
         if teacher:
             wanted = wanted_of_teacher(term) if term.reads_teacher else ()
         for need in wanted:
-            if need not in provides:
+            if need not in provides and not need.startswith(LAYER):
                 hint = term.hint or (WITHOUT_LOGITS if need == "logits" else "")
                 raise UserError(
                     f"loss {key!r} reads {need}, which the {owner} does not give (it gives "

@@ -35,7 +35,8 @@ class Term(nn.Module):
     """
 
     needs: ClassVar[tuple[str, ...]] = ("embedding",)
-    """Fields of :class:`~metric_kd.types.Output` that the term reads from the student (and from the teacher)."""
+    """Fields of :class:`~metric_kd.types.Output` that the term reads from the student (and from the teacher);
+    "layer:NAME" is the feature of any layer, in ``taps``."""
     teacher_needs: ClassVar[tuple[str, ...] | None] = None
     """What it reads from the teacher where that is something else."""
     reads_teacher: ClassVar[bool] = False

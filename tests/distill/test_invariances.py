@@ -106,6 +106,7 @@ TOGETHER = {
     "at": (positions_permuted,),
     "fitnet": (moved, turned),
     "ft": (channels_permuted, positions_permuted),
+    "imitate": (moved, turned),
     "irg_vertex": (moved, turned),
     "logits": (moved, turned),
     "nst": (positions_turned,),
@@ -123,6 +124,7 @@ NEITHER = {
     "dark_rank": (scaled,),
     "fitnet": (scaled,),
     "fsp": (scaled,),
+    "imitate": (each_shifted,),
     "logits": (each_shifted,),
     "irg_edge": (each_scaled,),
     "pkt": (moved,),
@@ -132,7 +134,7 @@ NEITHER = {
 }
 """What changes the loss when it is done to the student: the tests above can fail."""
 
-DEGREES = {"fitnet": 2, "fsp": 4, "irg_vertex": 2, "logits": 2, "ofd": 2}
+DEGREES = {"fitnet": 2, "fsp": 4, "imitate": 2, "irg_vertex": 2, "logits": 2, "ofd": 2}
 """loss(a s, a t) = a^degree loss(s, t) for a > 0."""
 
 GUARDED = ("afd", "at", "pkt")

@@ -1,5 +1,6 @@
 """The learning rate is a pure function of the position."""
 
+import numpy as np
 import pytest
 import torch
 
@@ -32,3 +33,15 @@ def test_optimizers_are_fused(name):
     parameter = torch.nn.Parameter(torch.ones(3))
     optimizer = make_optimizer(Settings(epochs=1, iterations=1, lr=0.1, optimizer=name), [parameter])
     assert optimizer.defaults["fused"] and type(optimizer).__name__.lower() == name
+
+
+def test_log_steps_evenly_in_the_exponent():
+    settings = Settings(epochs=150, iterations=10, lr=1e-2, schedule="log", lr_decay_gamma=0.1)
+    rates = [learning_rate(settings, epoch, k) for epoch in range(1, 151) for k in (0, 9)]
+    assert rates[::2] == rates[1::2], "one rate an epoch"
+    assert rates[::2] == pytest.approx(np.logspace(-2, -3, 150))
+    warmed = Settings(epochs=6, iterations=4, lr=1.0, schedule="log", lr_decay_gamma=0.01, warmup=1.5)
+    rates = [learning_rate(warmed, epoch, k) for epoch in range(1, 7) for k in range(4)]
+    assert rates[:6] == sorted(rates[:6]) and rates[5] < 1
+    assert [rates[k] for k in (6, 8, 12, 16, 20)] == pytest.approx([1, 1, 0.01 ** (1 / 3), 0.01 ** (2 / 3), 0.01])
+    assert learning_rate(Settings(epochs=1, iterations=1, lr=0.5, schedule="log"), 1, 0) == 0.5
