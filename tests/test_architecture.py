@@ -6,7 +6,7 @@ import sys
 from pathlib import Path
 
 PACKAGE = Path(__file__).resolve().parent.parent / "metric_kd"
-GROUND = {"errors", "types", "registry", "distances", "distributed", "devices"}
+GROUND = {"errors", "types", "registry", "distances", "distributed", "devices", "modes"}
 MAY_IMPORT = {
     "errors": set(),
     "types": set(),
@@ -14,6 +14,7 @@ MAY_IMPORT = {
     "distances": {"errors", "types"},
     "distributed": {"errors"},
     "devices": {"errors", "distributed"},
+    "modes": set(),
     "data": GROUND,
     "models": GROUND,
     "losses": GROUND | {"data", "models"},

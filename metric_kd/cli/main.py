@@ -2,6 +2,7 @@
 
 import errno
 import importlib
+import os
 import sys
 from collections.abc import Callable, Sequence
 
@@ -55,6 +56,9 @@ def run(command: Callable[[Sequence[str], str | None], int], arguments: Sequence
         how = "the same command with --resume auto goes on" if starts_over else "the same command goes on"
         print(f"stopped by {stop}; everything is saved, {how}.", file=sys.stderr)
         return 128 + stop.signum
+    except BrokenPipeError:  # whoever reads what we print has read enough; the rest goes nowhere
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 1
     except KeyboardInterrupt:
         print("stopped.", file=sys.stderr)
         return 130

@@ -82,6 +82,22 @@ def not_finite(what: str, step: int, last: Path) -> str:
     return f"{what} was not finite at step {step}; start again in a new --save_dir with a lower --lr or --clip_norm 1{kept}."
 
 
+def epoch_line(record: dict[str, Any], title: str, epochs: int) -> str:
+    """One honest line per epoch."""
+    known = ("stage", "epoch", "step", "loss", "losses", "lr", "seconds")
+    metrics = [f"{key} {100 * value:.2f}" for key, value in record.items() if key not in known]
+    parts = [f"{name} {value:.4f}" for name, value in record["losses"].items()]
+    return "  ".join(
+        [
+            f"{title} {record['epoch']}/{epochs}",
+            f"loss {record['loss']:.4f}",
+            *parts,
+            *metrics,
+            f"{record['seconds']:.1f} s",
+        ]
+    )
+
+
 class TensorBoard(Observer):
     """Writes the numbers of every epoch, counted over all stages, for TensorBoard; made by :meth:`if_installed`."""
 

@@ -12,6 +12,7 @@ from metric_kd.errors import UserError
 from metric_kd.losses.objective import LossSpec, Objective
 from metric_kd.losses.term import TERMS, PairTerm, Term
 from metric_kd.models.network import Network
+from metric_kd.modes import eval_mode
 from metric_kd.types import Batch, Output
 
 
@@ -72,10 +73,7 @@ class Mutual(Task):
 
     def build(self, example: Batch, num_classes: int, labels: Tensor | None = None) -> None:
         """Create the terms' trained parts from the outputs for the images of ``example``."""
-        modes = {name: network.training for name, network in self.networks.items()}
-        for network in self.networks.values():
-            network.eval()
-        with torch.no_grad():
+        with eval_mode(*self.networks.values()), torch.no_grad():
             outputs = {
                 k: self._coded(k, outputs_for(network, example.images, self._needs()))
                 for k, network in self.networks.items()
@@ -84,8 +82,6 @@ class Mutual(Task):
                 objective.build(outputs[k], outputs[j], num_classes)
             for k, objective in self._untaught():
                 objective.build(outputs[k], None, num_classes)
-        for name, network in self.networks.items():
-            network.train(modes[name])
 
     def begin_epoch(self, epoch: int, epochs: int) -> None:
         for objective in self._objectives():

@@ -16,6 +16,7 @@ from metric_kd.errors import UserError
 from metric_kd.losses.objective import Objective
 from metric_kd.losses.term import Pair, Stage
 from metric_kd.models.network import Network
+from metric_kd.modes import eval_mode
 from metric_kd.types import Batch, Output
 
 
@@ -23,7 +24,7 @@ class ParameterGroup(dict[str, Any]):
     """A group for the optimiser: "params", and "own_lr", the group's rate where it is not the run's."""
 
 
-class Viewed:
+class AtPrecision:
     """A network as terms may call it: under the precision of the run. ``network`` is the module itself."""
 
     def __init__(self, network: Network | CodedTeacher, precision: str):
@@ -114,17 +115,15 @@ class Solo(Task):
                     "give both the same --input_size."
                 )
         wanted, taught = self.objective.all_needs
-        mode = self.student.training
-        self.student.eval()
-        with torch.no_grad():
+        with eval_mode(self.student), torch.no_grad():
             student = outputs_for(self.student, example.images, wanted)
             teacher = self._teach(example, taught)
             if self.teacher is not None and teacher is not None:
                 scale = self.teacher.pixel_scale.to(example.images.device)
                 bgr = self.teacher.spec.pixels is not None and self.teacher.spec.pixels.bgr
                 self._pair = Pair(
-                    Viewed(self.student, self.precision),
-                    Viewed(self.teacher, self.precision),
+                    AtPrecision(self.student, self.precision),
+                    AtPrecision(self.teacher, self.precision),
                     scale.flip(1) if bgr else scale,
                     (example.labels if labels is None else labels).to(example.images.device),
                     num_classes,
@@ -135,14 +134,11 @@ class Solo(Task):
             self.objective.build(student, teacher, num_classes, self._pair)
         if self.objective.differentiates:
             self._try_second_derivatives(example)
-        self.student.train(mode)
 
     def _try_second_derivatives(self, example: Batch) -> None:
         """Some activations (hardsigmoid in MobileNetV3) have none: refuse them before training."""
-        modes = [(module, module.training) for module in self.modules()]
-        self.eval()
         try:
-            with torch.enable_grad():
+            with eval_mode(self), torch.enable_grad():
                 total, _ = self(example)
                 torch.autograd.grad(total, trainable(self.student.parameters()), allow_unused=True)
         except RuntimeError as error:
@@ -154,9 +150,6 @@ class Solo(Task):
                 f"loss {names} takes gradients of gradients, which a layer of {self.student.spec.base} does not have "
                 f"({reason}); choose another student or another loss."
             ) from error
-        finally:
-            for module, training in modes:
-                module.training = training
 
     def stages(self) -> list[tuple[str, Stage]]:
         return self.objective.stages()

@@ -17,7 +17,7 @@ from metric_kd.distill.granularity import Coders
 from metric_kd.engine import reproducibility
 from metric_kd.engine.checkpoint import write_checkpoint
 from metric_kd.engine.interruption import StopRequest
-from metric_kd.engine.logging import Observer, RunningLosses, not_finite
+from metric_kd.engine.logging import Observer, RunningLosses, epoch_line, not_finite
 from metric_kd.engine.memory import batch_that_fits, is_out_of_memory
 from metric_kd.engine.optimisation import Settings, learning_rate, make_optimizer, stage_settings
 from metric_kd.engine.run_directory import RunDirectory
@@ -357,19 +357,3 @@ def freeze_batch_norm(network: nn.Module) -> None:
     for module in network.modules():
         if isinstance(module, nn.modules.batchnorm._BatchNorm):
             module.eval()
-
-
-def epoch_line(record: dict[str, Any], title: str, epochs: int) -> str:
-    """One honest line per epoch."""
-    known = ("stage", "epoch", "step", "loss", "losses", "lr", "seconds")
-    metrics = [f"{key} {100 * value:.2f}" for key, value in record.items() if key not in known]
-    parts = [f"{name} {value:.4f}" for name, value in record["losses"].items()]
-    return "  ".join(
-        [
-            f"{title} {record['epoch']}/{epochs}",
-            f"loss {record['loss']:.4f}",
-            *parts,
-            *metrics,
-            f"{record['seconds']:.1f} s",
-        ]
-    )

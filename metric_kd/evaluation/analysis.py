@@ -7,7 +7,8 @@ from torch import Tensor, nn
 
 from metric_kd.devices import autocast
 from metric_kd.errors import UserError
-from metric_kd.evaluation.embed import eval_mode, with_bar
+from metric_kd.evaluation.embed import with_bar
+from metric_kd.modes import eval_mode
 from metric_kd.types import Batch
 
 

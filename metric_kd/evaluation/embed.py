@@ -1,7 +1,6 @@
 """embed: every image of a loader through one network, as vectors in memory."""
 
-from collections.abc import Iterable, Iterator
-from contextlib import contextmanager
+from collections.abc import Iterable
 from typing import NamedTuple
 
 import torch
@@ -9,6 +8,7 @@ from torch import Tensor, nn
 
 from metric_kd.devices import autocast
 from metric_kd.errors import UserError
+from metric_kd.modes import eval_mode
 from metric_kd.types import Batch
 
 
@@ -47,17 +47,6 @@ def embed(
         raise UserError("there are no images to embed; check that the data set is not empty.")
     # Joined outside inference mode: the results are ordinary tensors, which a loss may read later.
     return Embeddings(torch.cat(vectors), torch.cat(labels), torch.cat(indices))
-
-
-@contextmanager
-def eval_mode(network: nn.Module) -> Iterator[None]:
-    modes = [(module, module.training) for module in network.modules()]
-    network.eval()
-    try:
-        yield
-    finally:
-        for module, training in modes:
-            module.training = training
 
 
 def with_bar(batches: Iterable[Batch], progress: str | None, total: int | None) -> Iterable[Batch]:

@@ -7,7 +7,8 @@ from torch import Tensor, nn
 
 from metric_kd.devices import autocast
 from metric_kd.errors import UserError
-from metric_kd.evaluation.embed import eval_mode, with_bar
+from metric_kd.evaluation.embed import with_bar
+from metric_kd.modes import eval_mode
 from metric_kd.models.layers import LAYER
 from metric_kd.types import Batch
 
@@ -71,7 +72,7 @@ def evaluate_imitation(
     device = torch.device(device)
     ours, theirs = layer, teacher_layer or layer
     explained = Explained()
-    with eval_mode(student), eval_mode(teacher), torch.inference_mode(), autocast(device, precision):
+    with eval_mode(student, teacher), torch.inference_mode(), autocast(device, precision):
         for batch in with_bar(batches, progress, total):
             batch = batch.to(device)
             images = batch.images if batch.teacher_images is None else batch.teacher_images

@@ -272,6 +272,7 @@ def _the_pair(key: str, pair: Pair | None) -> Pair:
 
 
 WITHOUT_LOGITS = "train classifiers (--task classification, or --classifier true beside an embedding)"
+"""The way out for a network without logits."""
 
 
 def wanted_of_teacher(term: Term | type[Term]) -> tuple[str, ...]:

@@ -16,6 +16,7 @@ from torch import Tensor, nn
 
 from metric_kd.errors import UserError, one_of
 from metric_kd.models.taps import Taps, layer_names
+from metric_kd.modes import eval_mode
 from metric_kd.types import Output
 
 LAYER = "layer:"
@@ -151,19 +152,16 @@ def running_up_to(network: nn.Module, name: str, images: Tensor) -> UpTo:
 
     A module that is called several times counts where any of its calls does.
     """
-    modes = [(module, module.training) for module in network.modules()]
     asking = [(parameter, parameter.requires_grad) for parameter in network.parameters()]
     calls: list[tuple[str, object]] = []
     handles = [module.register_forward_hook(_noting(path, calls)) for path, module in network.named_modules() if path]
     try:
-        network.eval().requires_grad_(True)
-        with torch.enable_grad(), reading(network, name) as read:
+        network.requires_grad_(True)
+        with eval_mode(network), torch.enable_grad(), reading(network, name) as read:
             nodes = _graph(read(images.detach().float().requires_grad_()))
     finally:
         for handle in handles:
             handle.remove()
-        for module, training in modes:
-            module.training = training
         for parameter, asked in asking:
             parameter.requires_grad_(asked)
     leaves = {id(node.variable) for node in nodes if hasattr(node, "variable")}

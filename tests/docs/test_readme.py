@@ -44,10 +44,13 @@ def test_every_command_parses(file):
             "distill": "distill",
             "granularity": "granularity",
             "probe": "probe",
+            "quantify": "quantify",
         }.get(name)
         rest = run_as_flag(rest) if kind == "probe" else rest
         if kind is not None:
-            fold(parse(kind, rest).config)
+            config = parse(kind, rest).config
+            if kind != "quantify":  # which trains nothing, so that there is nothing to fold
+                fold(config)
 
 
 def listed(kind: str) -> list[str]:
