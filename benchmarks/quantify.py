@@ -27,10 +27,10 @@ from cifar_methods import TEACHER, Bench
 
 from metric_kd.cli.distill import main as distill
 from metric_kd.cli.quantify import main as quantify
-from metric_kd.cli.subjects import load_network
 from metric_kd.cli.train import main as train
 from metric_kd.data import Geometry, ImageLoader, load_dataset
-from metric_kd.quantify.discarding import Search, information_discarding
+from metric_kd.engine.checkpoint import restore_network
+from metric_kd.quantify import Search, information_discarding
 from metric_kd.quantify.maps import feature_of
 
 ROWS = ("n_fg", "ratio", "d_mean", "d_std", "rho")
@@ -68,16 +68,21 @@ def look(options: argparse.Namespace, out: Path) -> dict[str, float]:
         print(
             f"{seconds:.2f} s per image and checkpoint ({checkpoints} checkpoints, {torch.get_num_threads()} threads)"
         )
-    table = content["tables"][1]["metrics"]
+    over_all_images = content["tables"][1]["metrics"]
+    means: dict[str, float] = {}
     for key in ROWS:
-        values = "  ".join(f"{name} {table[key][name]['mean']:.4g}" for name in ("distilled", "baseline"))
-        print(f"{key:8}{values}  expected {table[key]['expected']}: {'held' if table[key]['held'] else 'did not hold'}")
-    return {f"{key} {name}": table[key][name]["mean"] for key in ROWS for name in ("distilled", "baseline")}
+        row = over_all_images[key]
+        known = {name: row[name]["mean"] for name in ("distilled", "baseline") if row[name] is not None}
+        means |= {f"{key} {name}": value for name, value in known.items()}
+        values = "  ".join(f"{name} {value:.4g}" for name, value in known.items())
+        outcome = {True: "held", False: "did not hold", None: "not known"}[row["held"]]
+        print(f"{key:8}{values}  expected {row['expected']}: {outcome}")
+    return means
 
 
 def speed(options: argparse.Namespace) -> float:
     """How many times as fast as one image and one draw per forward pass, forward and backward alike."""
-    network = load_network(Path(options.teacher)).eval()
+    network = restore_network(options.teacher, None, {}).eval()
     splits = load_dataset("cifar100", options.data, task="classification", train_classes=50)
     images = ImageLoader(splits.train, Geometry(input_size=32, flip=False)).example(4).images
     ratios = []
@@ -145,7 +150,7 @@ def main() -> None:
     if len(found) > 1:
         print(f"means and deviations over {len(found)} seeds:")
         for key in found[0]:
-            values = [each[key] for each in found]
+            values = [each[key] for each in found if key in each]
             print(f"{key:18} {statistics.fmean(values):.4g} +- {statistics.stdev(values):.2g}")
     if options.photos:
         photographs(options, options.out)

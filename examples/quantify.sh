@@ -13,21 +13,21 @@
 #   fc2      --lr 1e-3                               --lr 0.1
 #   fc3      --lr 1e-3                               --lr 0.1 or 0.01, both with --lr_decay_gamma 1
 #
-# Rates of the teacher from ImageNet: 1e-3 (VGG), 1e-2 (ResNet); from scratch ten times that, which preset quantify has. The
+# Rates of the teacher from ImageNet: 1e-3 (VGG), 1e-2 (ResNet); from scratch ten times that, which preset cheng2020 has. The
 # head: 1e-3 (VGG, AlexNet), 1e-2 (ResNet). Of AlexNet there is --base alexnet_fc, of ResNets resnet18_fc to resnet152_fc.
 #
 # Unlike the program: images are cropped at random and mirrored for CUB too; the student's dropout rests while it imitates,
 # its statistics are updated once per step; the head's rate falls as all others do, not when the accuracy stands still.
 set -euo pipefail
 
-python run.py --preset quantify --dataset folder --data data/crops --base vgg11_fc --lr 1e-3 --save_dir runs/teacher
-python run.py --preset quantify --dataset folder --data data/crops --base vgg11_fc --pretrained false \
+python run.py --preset cheng2020 --dataset folder --data data/crops --base vgg11_fc --lr 1e-3 --save_dir runs/teacher
+python run.py --preset cheng2020 --dataset folder --data data/crops --base vgg11_fc --pretrained false \
     --record_weights paper --save_dir runs/baseline
-python run_distill.py --preset imitate --dataset folder --data data/crops --base vgg11_fc --pretrained false \
+python run_distill.py --preset cheng2020_imitate --dataset folder --data data/crops --base vgg11_fc --pretrained false \
     --teacher_load runs/teacher --imitate fc1 --record_weights paper --save_dir runs/distilled
 
 # What follows fc1 has learnt nothing yet: from the labels, with all before it as it is. Not possible for fc3.
-python run.py --preset quantify --dataset folder --data data/crops --base vgg11_fc --load runs/distilled --fit_head auto \
+python run.py --preset cheng2020 --dataset folder --data data/crops --base vgg11_fc --load runs/distilled --fit_head auto \
     --epochs 100 --lr 1e-3 --save_dir runs/distilled-head
 
 metric-kd quantify --teacher runs/teacher --distilled runs/distilled --baseline runs/baseline --layer fc1 \

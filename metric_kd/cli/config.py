@@ -9,6 +9,8 @@ from typing import Any, Literal
 
 from metric_kd.engine.run_directory import RESUMABLE_KEYS
 from metric_kd.errors import UserError
+from metric_kd.quantify.concepts import THRESHOLD
+from metric_kd.quantify.search import Search
 
 
 def flag(default: Any, text: str) -> Any:
@@ -83,7 +85,8 @@ class RunConfig:
     )
     eval_every: int = flag(1, "epochs between evaluations")
     record_weights: str | None = flag(
-        None, "for metric-kd quantify, keep how far weights move, and the network after epochs: all, paper, or 0,5,10"
+        None,
+        "for metric-kd quantify, keep how far the student's weights move, and itself after epochs: all, paper, or 0,5,10",
     )
     resume: Literal["auto", "never"] = flag("auto", "continue the run in save_dir, or start it over")
     save_minutes: float = flag(10.0, "checkpoint at least this often")
@@ -188,33 +191,34 @@ class QuantifyConfig:
     baseline: str | None = flag(None, "the same student trained without the teacher, likewise")
     layer: str = flag("embedding", "where to look: embedding, pooled, logits, conv, fc1, ..., or a module's path")
     teacher_layer: str | None = flag(None, "its name in the teacher, where that is another")
-    images: str | None = flag(
-        None, "folder of images; default training images of the distilled run (else the baseline's)"
-    )
+    images: str | None = flag(None, "folder of images; default training images of the distilled run (else of another)")
     masks: str = flag(
-        "central", "foreground: central (the middle two thirds), a folder of segmentations, a CSV of boxes, or CUB's"
+        "central",
+        "foreground: central (the middle two thirds), a folder of segmentations, a CSV of boxes, or bounding_boxes.txt",
     )
-    view: Literal["crop", "whole"] = flag("crop", "the centre crop of the network's test, or the whole image shrunk")
+    view: Literal["whole", "crop"] = flag("whole", "the whole image, shrunk, or the centre crop of the network's test")
     count: int = flag(50, "images to look at, drawn at random")
     epochs: str | None = flag(None, "recorded epochs to look at, as in 0,5,10; default all that were recorded")
-    grid: int = flag(16, "cells along a side of an image")
-    draws: int = flag(96, "noise images per iteration")
+    grid: int = flag(Search.grid, "cells along a side of an image")
+    draws: int = flag(Search.draws, "noise images per iteration")
     antithetic: bool = flag(False, "draw noise in pairs of opposite sign: less spread at the same cost")
-    iterations: int = flag(80, "iterations of the search")
+    iterations: int = flag(Search.iterations, "iterations of the search")
     lam: float | None = flag(None, "weight of the entropy; default 7 (the reference has 6 for ResNets)")
-    target: float = flag(-2.8, "mean entropy, in nats, at which maps are compared")
+    target: float = flag(Search.target, "mean entropy, in nats, at which maps are compared")
     form: Literal["reference", "paper"] = flag(
         "reference", "the search of the authors' program, or of the paper's text"
     )
     relu: Literal["auto", "true", "false"] = flag("auto", "look behind a ReLU; auto: but for embeddings")
-    threshold: float = flag(0.2, "nats by which a concept keeps more than the background")
+    threshold: float = flag(THRESHOLD, "nats by which a concept keeps more than the background")
     background: Literal["dataset", "image"] = flag(
         "dataset", "the background's entropy: its mean over all images (the program), or each image's own (the paper)"
     )
     distance: Literal["step", "epoch"] = flag(
         "step", "how far weights moved in an epoch: over all its steps (the program), or from end to end (the paper)"
     )
-    empty: Literal["skip", "zero"] = flag("skip", "stability of an image without any concept: left out, or 0")
+    empty: Literal["skip", "zero"] = flag(
+        "skip", "an image without any concept is left out of D and rho, or counts as 0"
+    )
     pictures: int = flag(4, "images to show on the page")
     batch: int | None = flag(None, "noisy images per forward pass; default by their size")
     skip_unreadable: bool = flag(False, "leave out images that cannot be read")

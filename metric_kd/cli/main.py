@@ -3,6 +3,7 @@
 import errno
 import importlib
 import os
+import select
 import sys
 from collections.abc import Callable, Sequence
 
@@ -41,13 +42,22 @@ def main(arguments: Sequence[str] | None = None) -> int:
     return run(command, arguments[1:], f"metric-kd {arguments[0]}")
 
 
+def _stdout_is_broken() -> bool:
+    """Whether whoever read what we print has read enough and gone."""
+    poll = select.poll()
+    poll.register(sys.stdout.fileno(), select.POLLOUT)
+    return any(events & (select.POLLERR | select.POLLHUP) for _, events in poll.poll(0))
+
+
 def run(command: Callable[[Sequence[str], str | None], int], arguments: Sequence[str], program: str) -> int:
     """Run a command; bad input becomes one sentence on standard error and status 2."""
     from metric_kd import distributed
     from metric_kd.engine.interruption import Interrupted
 
     try:
-        return command(arguments, program)
+        status = command(arguments, program)
+        sys.stdout.flush()
+        return status
     except UserError as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
@@ -56,8 +66,10 @@ def run(command: Callable[[Sequence[str], str | None], int], arguments: Sequence
         how = "the same command with --resume auto goes on" if starts_over else "the same command goes on"
         print(f"stopped by {stop}; everything is saved, {how}.", file=sys.stderr)
         return 128 + stop.signum
-    except BrokenPipeError:  # whoever reads what we print has read enough; the rest goes nowhere
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+    except BrokenPipeError:
+        if not _stdout_is_broken():
+            raise
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # what is left to print goes nowhere
         return 1
     except KeyboardInterrupt:
         print("stopped.", file=sys.stderr)

@@ -21,6 +21,10 @@ class Parsed(NamedTuple):
     given: frozenset[str]
 
 
+RECIPES = ("train", "distill", "granularity", "probe")
+"""The commands that train, for which there are presets."""
+
+
 def presets() -> list[str]:
     return sorted(
         p.name.removesuffix(".yaml") for p in resources.files("metric_kd.presets").iterdir() if p.name.endswith(".yaml")
@@ -100,7 +104,7 @@ def underscored(token: str) -> str:
 
 
 def _check_flags(command: str, tokens: Sequence[str]) -> None:
-    known = [*known_keys(command), "config", "preset", "help"]
+    known = [*known_keys(command), "config", *(["preset"] if command in RECIPES else []), "help"]
     for token in tokens:
         if token.startswith("--"):
             name = token[2:].split("=")[0]
@@ -189,7 +193,8 @@ def _parser(command: str, program: str | None) -> Any:
         prog=program or f"metric-kd {command}", description=kind.__doc__, exit_on_error=False, allow_abbrev=False
     )
     parser.add_argument("--config", type=str, help="YAML file of flags; a run's config.yaml repeats the run")
-    parser.add_argument("--preset", type=str, help=f"recipe of a paper: {', '.join(presets())}")
+    if command in RECIPES:
+        parser.add_argument("--preset", type=str, help=f"recipe of a paper: {', '.join(presets())}")
     for key in dataclasses.fields(kind):
         default = key.default_factory() if key.default is dataclasses.MISSING else key.default  # type: ignore[misc]
         options: dict[str, Any] = {"default": default, "help": key.metadata["help"]}

@@ -20,8 +20,9 @@ from metric_kd.models.network import NetworkSpec
 
 
 def run_of(path: str) -> RunDirectory:
-    """The run to which a directory or a checkpoint in it belongs."""
-    return RunDirectory(path if Path(path).is_dir() else Path(path).parent)
+    """The run to which a directory or a checkpoint in it, or in its record of weights, belongs."""
+    folder = Path(path) if Path(path).is_dir() else Path(path).parent
+    return RunDirectory(folder.parent if folder.name == "weights" and not (folder / "config.yaml").exists() else folder)
 
 
 def with_checkpoints(config: RunConfig, given: frozenset[str]) -> RunConfig:

@@ -39,6 +39,12 @@ def write_atomically(path: Path, write: Callable[[BinaryIO], object]) -> None:
         os.close(folder)
 
 
+def sweep(folder: Path) -> None:
+    """Remove what a killed process left half-written; to be called by the one process that writes the folder."""
+    for half_written in folder.glob(".*.part"):
+        half_written.unlink(missing_ok=True)
+
+
 def _umask() -> int:
     mask = os.umask(0)
     os.umask(mask)
@@ -107,22 +113,28 @@ def describe_mismatch(spec: NetworkSpec, flags: dict[str, Any], role: str) -> No
 
 
 def restore_network(
-    path: "Path | str", fallback: NetworkSpec, given: dict[str, Any], role: str = "checkpoint"
+    path: "Path | str", fallback: NetworkSpec | None, given: dict[str, Any], role: str = "checkpoint"
 ) -> Network:
     """The network in a checkpoint, with its weights.
 
     A checkpoint of ours describes its network; ``given`` (the flags that the user set, by spec field) must agree. A
-    plain state dict (``base.*``, ``linear.*``) is loaded into ``fallback``.
+    plain state dict (``base.*``, ``linear.*``) is loaded into ``fallback``, and refused where there is none.
     """
     content = read_checkpoint(path, role)
     if "coders" in content:
         raise UserError(
             f"the {role} {path} holds the coders of a teacher, not a network; give it as --granularity_load."
         )
+    if "network" not in content and fallback is None:
+        raise UserError(
+            f"the {role} {path} is a plain state dict, which does not say what network it belongs to; give a run or a "
+            "checkpoint of this program."
+        )
     spec = fallback
     if "network" in content:
         spec = NetworkSpec.from_dict(content["network"])
         describe_mismatch(spec, given, role)
+    assert spec is not None
     network = build_network(spec)
     try:
         load_weights(network, content["model"], strict=True)

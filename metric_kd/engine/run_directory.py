@@ -12,7 +12,7 @@ from typing import Any
 
 import yaml
 
-from metric_kd.engine.checkpoint import read_checkpoint, write_text
+from metric_kd.engine.checkpoint import read_checkpoint, sweep, write_text
 from metric_kd.engine.weight_record import remove_record
 from metric_kd.errors import UserError
 
@@ -33,8 +33,8 @@ def check_folder(path: Path, flag: str) -> None:
 class RunDirectory:
     """The files of one run under ``path``; nothing is created before :meth:`open`."""
 
-    def __init__(self, path: "Path | str"):
-        self.path = Path(path)
+    def __init__(self, path: "Path | str", flag: str = "--save_dir"):
+        self.path, self.flag = Path(path), flag
         self.config = self.path / "config.yaml"
         self.metrics = self.path / "metrics.jsonl"
         self.result = self.path / "result.txt"
@@ -107,8 +107,8 @@ class RunDirectory:
     def open(self, config: dict[str, Any]) -> None:
         """Create the directory, sweep out what a killed process left half-written, and write the config."""
         self.path.mkdir(parents=True, exist_ok=True)
-        for half_written in self.path.glob(".*.part"):
-            half_written.unlink()
+        for folder in (self.path, self.weights):
+            sweep(folder)
         write_text(self.config, yaml.safe_dump(config, sort_keys=False))
 
     def clear(self) -> None:
@@ -151,7 +151,7 @@ class RunDirectory:
                 fcntl.lockf(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
             except OSError as error:
                 raise UserError(
-                    f"another process is writing {self.path}; wait for it or give another --save_dir."
+                    f"another process is writing {self.path}; wait for it or give another {self.flag}."
                 ) from error
             yield
         finally:

@@ -332,9 +332,8 @@ class Trainer:
         self.epoch, self.iteration, self.step = position["epoch"], position["iteration"], position["step"]
         self.lines = position["lines"]
         self.seconds, self.best = state["seconds"], state["best"]
-        for observer in self.observers:
-            if observer.name in state["observers"]:
-                observer.restore(state["observers"][observer.name])
+        kept = state["observers"]
+        self._tell(lambda observer: observer.restore(kept[observer.name]) if observer.name in kept else None)
         if len(state["random"]) == distributed.world_size():
             reproducibility.restore_random_states(state["random"][distributed.rank()])
         if distributed.is_main():

@@ -52,7 +52,7 @@ class WeightRecord(Observer):
     FOLDER/epochNNNN.pth for the chosen epochs. Epochs are counted over all stages.
 
     The reference program keeps only the path, the paper's text (as we recall it) the chord. state_of: what a checkpoint
-    of the network holds.
+    of the network holds. Costs two copies of the weights while training, and one in last.pth.
     """
 
     name = "weights"
@@ -132,7 +132,7 @@ class WeightRecord(Observer):
         """Remove what an interrupted run wrote of later epochs: they will run again."""
         for epoch, file in checkpoints_of(self.folder).items():
             if epoch > after:
-                file.unlink()
+                file.unlink(missing_ok=True)
 
 
 def checkpoints_of(folder: Path) -> dict[int, Path]:

@@ -8,8 +8,8 @@ from torch import Tensor, nn
 from metric_kd.devices import autocast
 from metric_kd.errors import UserError
 from metric_kd.evaluation.embed import with_bar
-from metric_kd.modes import eval_mode
 from metric_kd.models.layers import LAYER
+from metric_kd.modes import eval_mode
 from metric_kd.types import Batch
 
 

@@ -102,6 +102,12 @@ class Network(nn.Module):
         self.register_buffer("pixel_scale", (spec.pixels.scale / 255 / std).float(), persistent=False)
         self.register_buffer("pixel_shift", (-mean / std).float(), persistent=False)
 
+    @property
+    def rgb_scale(self) -> Tensor:
+        """(1, 3, 1, 1), by which a pixel value (0..255) is multiplied, in the order of the images' channels."""
+        assert self.spec.pixels is not None
+        return self.pixel_scale.flip(1) if self.spec.pixels.bgr else self.pixel_scale
+
     def normalise(self, images: Tensor) -> Tensor:
         """(pixel * scale/255 - mean) / std, in the network's dtype and the images' memory format."""
         if images.dim() != 4 or images.shape[1] != 3:

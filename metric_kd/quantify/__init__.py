@@ -11,8 +11,9 @@ from metric_kd.quantify.concepts import (
     learning_simultaneity,
     stability,
 )
-from metric_kd.quantify.discarding import Discarding, Search, entropy, information_discarding
+from metric_kd.quantify.discarding import Discarding, entropy, information_discarding
 from metric_kd.quantify.masks import Boxes, MaskFolder, box_mask, central_box, segmentation_mask
+from metric_kd.quantify.search import Search
 
 __all__ = [
     "Boxes",

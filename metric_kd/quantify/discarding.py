@@ -5,80 +5,18 @@ Cheng, Rao, Chen, Zhang: Explaining Knowledge Distillation by Quantifying the Kn
 
 import math
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
-from typing import Literal, NamedTuple
+from typing import NamedTuple
 
 import numpy as np
 import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from metric_kd.errors import UserError, one_of
+from metric_kd.distances import at_least_float32
+from metric_kd.errors import UserError
+from metric_kd.quantify.search import Search
 
 Feature = Callable[[Tensor], Tensor]
-FORMS = ("reference", "paper")
-
-
-@dataclass(frozen=True)
-class Search:
-    """How the noise of an image is looked for; the defaults are the reference program's.
-
-    grid: cells along a side, shared by the channels. start, low, high: sigma at first and its bounds, in normalised
-    pixels. lam: weight of the mean entropy against the change of the feature; None: 7 (of the paper's form, which sums
-    over cells, 7 / grid^2). lr: of plain gradient descent; None: 1e-4 (grid / 16)^2, for the gradient of a mean over
-    cells falls with their number and 1e-4 belongs to 16 x 16. Where the mean entropy has not risen above ``target`` nats
-    after ``check`` iterations, lam is multiplied by ``push``, else the search ends there; ``iterations`` end it in any
-    case. The iteration whose mean entropy is nearest to ``target`` is the result. draws: noise images per iteration,
-    fresh each time; antithetic: half of them mirror the other half. relu: compare what a ReLU leaves of the feature.
-
-    form "paper" is the equation as we recall it from the paper, not as the program has it: the unit of change is the
-    feature's variance around its own mean under noise, entropies are summed, lam never rises, and the last iteration is
-    the result.
-    """
-
-    grid: int = 16
-    start: float = 0.01
-    low: float = 0.001
-    high: float = 1.0
-    lam: float | None = None
-    lr: float | None = None
-    iterations: int = 80
-    check: int = 60
-    push: float = 1.5
-    target: float = -2.8
-    draws: int = 96
-    antithetic: bool = False
-    relu: bool = True
-    form: Literal["reference", "paper"] = "reference"
-
-    def __post_init__(self) -> None:
-        if self.form not in FORMS:
-            raise one_of("form", self.form, FORMS)
-        for name in ("grid", "iterations", "check", "draws"):
-            if getattr(self, name) < 1:
-                raise UserError(f"{name} is {getattr(self, name)}; give 1 or more.")
-        if not 0 < self.low <= self.start <= self.high < math.inf:
-            raise UserError(
-                f"sigma starts at {self.start} and keeps to {self.low}..{self.high}; give 0 < low <= start <= high."
-            )
-        for name in ("lam", "lr", "push"):
-            value = getattr(self, name)
-            if value is not None and not 0 < value < math.inf:
-                raise UserError(f"{name} is {value}; give a positive number.")
-        if self.draws % 2 and self.antithetic:
-            raise UserError(f"antithetic noise comes in pairs and draws is {self.draws}; give an even number.")
-
-    @property
-    def weight(self) -> float:
-        """What the mean entropy of an image is multiplied by, at first."""
-        cells = self.grid**2
-        if self.form == "paper":
-            return 7.0 if self.lam is None else self.lam * cells
-        return 7.0 if self.lam is None else self.lam
-
-    @property
-    def rate(self) -> float:
-        return 1e-4 * (self.grid / 16) ** 2 if self.lr is None else self.lr
 
 
 class History(NamedTuple):
@@ -168,10 +106,10 @@ def information_discarding(
     feature: (M, C, H, W) -> (M, ...), deterministic, each image for itself (a network in eval mode), in float32 or
     better: half precision rounds away the noise that is looked for. images: (N, C, H, W), uint8 or float. scale: what
     the feature multiplies pixels by first, to broadcast over an image: sigma is in those units. seed, keys: image n
-    draws its noise from (seed, keys[n]); keys default to 0..N-1. batch: noisy images per call of the feature; None: as many
-    pixels as 192 images of 64 px have, at most 192 images. noise: in
-    place of the generators, rows -> (len(rows), draws, C, H, W). Raises ``UserError`` where the images are no such
-    batch or are smaller than the grid.
+    draws its noise from (seed, keys[n]); keys default to 0..N-1. batch: noisy images per call of the feature; None: by
+    their size and the device. noise: in place of the generators, rows -> (len(rows), draws, C, H, W). Raises
+    ``UserError`` where the images are no such batch or are smaller than the grid, and for seeds, keys and batches that
+    cannot be.
     """
     search = search or Search()
     if images.ndim != 4 or not len(images):
@@ -179,11 +117,17 @@ def information_discarding(
     if min(images.shape[2:]) < search.grid:
         size = "x".join(map(str, images.shape[2:]))
         raise UserError(f"a grid of {search.grid} cells does not fit images of {size} px; give a smaller grid.")
-    images = images if images.is_floating_point() else images.float()
+    images = at_least_float32(images) if images.is_floating_point() else images.float()
+    keys = range(len(images)) if keys is None else keys
+    if len(keys) != len(images) or min(seed, *keys) < 0:
+        raise UserError(
+            f"noise is drawn by a seed and one key per image, 0 or more; got {len(keys)} for {len(images)} images."
+        )
+    if batch is not None and batch < 1:
+        raise UserError(f"batch is {batch}; give 1 noisy image per call or more.")
     if noise is None:
-        keys = range(len(images)) if keys is None else keys
         noise = Noise(seed, keys, images.shape[1:], search, images.dtype, images.device)
-    batch = call_size(max(images.shape[2:])) if batch is None else batch
+    batch = noisy_per_call(max(images.shape[2:]), images.device) if batch is None else batch
     together = max(1, batch // search.draws)
     parts = [
         _Group(feature, images, rows, search, scale, batch, noise).run()
@@ -194,9 +138,12 @@ def information_discarding(
     return Discarding(joined[0], entropy(joined[0]), joined[1], joined[2], history)
 
 
-def call_size(side: int) -> int:
-    """Noisy images of ``side`` px per call: more did not make calls of small networks faster, and large ones too large."""
-    return max(8, min(192, 192 * 64**2 // side**2))
+def noisy_per_call(side: int, device: torch.device) -> int:
+    """Noisy images of ``side`` px per call: on a processor, more did not make small networks faster, and large ones need
+    memory; an accelerator wants more of them to be busy.
+    """
+    images = max(8, min(192, 192 * 64**2 // side**2))
+    return images if device.type == "cpu" else 8 * images
 
 
 class _Group:
@@ -215,7 +162,8 @@ class _Group:
         self.feature, self.search, self.scale, self.noise = feature, search, scale, noise
         self.rows, self.images = rows.tolist(), images[rows]
         self.slice = max(1, min(batch, search.draws))
-        self.clean = self._read(self.images)
+        with torch.no_grad():
+            self.clean = self._read(self.images)
 
     def run(self) -> Discarding:
         search, count = self.search, len(self.rows)
@@ -292,13 +240,11 @@ class _Group:
         """(M, D, ...): what D draws of noise of deviation sigma (M, s, s) change in the feature."""
         height, width = self.images.shape[2:]
         up = F.interpolate(sigma[:, None], size=(height, width), mode="nearest")
-        noisy = torch.addcmul(self.images[which][:, None], noise / self.scale, up[:, None])
-        together = noisy.flatten(0, 1).contiguous(
-            memory_format=torch.channels_last
-        )  # twice as fast through convolutions
-        read = self._read(together)
+        noisy = torch.addcmul(self.images[which][:, None], noise, (up / self.scale)[:, None])
+        # This layout made convolutions twice as fast.
+        read = self._read(noisy.flatten(0, 1).contiguous(memory_format=torch.channels_last))
         return read.unflatten(0, noisy.shape[:2]) - self.clean[which][:, None]
 
     def _read(self, images: Tensor) -> Tensor:
-        features = self.feature(images)
+        features = self.feature(images).to(self.images.dtype)
         return F.relu(features) if self.search.relu else features

@@ -91,14 +91,15 @@ class Quantified:
 
 
 class _Metric(NamedTuple):
-    """source: which number of every image; statistic: what is made of them; fewest: images for a standard error."""
+    """source: which number of every image; statistic: what is made of them; jackknife: its standard error is found by
+    leaving out one image at a time, which takes three."""
 
     key: str
     title: str
     source: str
     more: bool | None
     statistic: Callable[[np.ndarray], float] = np.mean
-    fewest: int = 2
+    jackknife: bool = False
 
 
 def _deviation(values: np.ndarray) -> float:
@@ -111,8 +112,8 @@ METRICS = (
     _Metric("ratio", "Share of concepts in the foreground, lambda", "ratio", True),
     _Metric("n_fg_peak", "Most foreground concepts of any checkpoint, peak N_fg", "n_fg_peak", None),
     _Metric("d_mean", "Weight distance to most concepts, mean, D_mean", "distance", False),
-    _Metric("d_var", "Weight distance to most concepts, variance, D_var", "distance", None, variance, 3),
-    _Metric("d_std", "Weight distance to most concepts, deviation, D_std", "distance", False, _deviation, 3),
+    _Metric("d_var", "Weight distance to most concepts, variance, D_var", "distance", None, variance, True),
+    _Metric("d_std", "Weight distance to most concepts, deviation, D_std", "distance", False, _deviation, True),
     _Metric("rho", "Concepts kept of all ever learned, rho", "rho", True),
 )
 """In the order of the table. The paper expects more N_fg, lambda and rho, less D; D_var and the peak say the same again."""
@@ -139,8 +140,9 @@ def metric_table(
 
         sqrt((M - 1)/M sum_i (theta without i  -  mean of those)^2)
 
-    from 3 images on. Whether a difference is clear is asked of the same errors of its own, image by image. Images without
-    any concept, whose rho is NaN under "skip", are left out of rho, and of its difference where either network has none.
+    from 3 images on, and not where it vanishes though the values differ. Whether a difference is clear is asked of the same
+    errors of its own, image by image. Images without any concept in the foreground, which under "skip" have neither rho
+    nor D, are left out of both, and of their differences where either network has none.
     Without images all values are None. Raises ``UserError`` where networks, masks and rows do not fit, or a name is used
     twice.
     """
@@ -167,6 +169,15 @@ def curve(
     counts, _ = _counted(network, foreground, _rows(rows, len(foreground)), threshold, background)
     means = [each.mean(0) if len(each) else np.full(each.shape[1], np.nan) for each in counts]
     return Curve(network.name, np.asarray(network.epochs), *means)
+
+
+def unlearned(
+    network: Quantified, foreground: np.ndarray, threshold: float = THRESHOLD, background: Background = "dataset"
+) -> tuple[int, int]:
+    """Of all images, how many never have a concept in the foreground, and how many have most at the first checkpoint."""
+    counts, _ = _counted(network, foreground, np.arange(len(foreground)), threshold, background)
+    never = counts.foreground.max(1) == 0
+    return int(never.sum()), int((~never & (counts.foreground.argmax(1) == 0)).sum())
 
 
 def _rows(rows: np.ndarray, images: int) -> np.ndarray:
@@ -210,7 +221,9 @@ def _per_image(
         found["n_fg_peak"] = counts.foreground.max(1)
         found["rho"] = stability(concepts, foreground[rows], empty)
         if network.distance is not None:
-            found["distance"] = learning_simultaneity(counts.foreground, network.epochs, network.distance).distances
+            learned = learning_simultaneity(counts.foreground, network.epochs, network.distance)
+            never = (counts.foreground.max(1) == 0) & (empty == "skip")
+            found["distance"] = np.where(never, np.nan, learned.distances)
     return {source: values.astype(np.float64) for source, values in found.items()}
 
 
@@ -246,12 +259,16 @@ def _clear(metric: _Metric, ours: np.ndarray, theirs: np.ndarray) -> bool | None
 def _standard_error(metric: _Metric, values: np.ndarray, minus: np.ndarray | None = None) -> float | None:
     """Of the metric, or of its difference between two networks on the same images; None for too few images."""
     count = len(values)
-    if count < metric.fewest:
+    if count < (3 if metric.jackknife else 2):
         return None
-    if metric.statistic is np.mean:
+    if not metric.jackknife:
         values = values if minus is None else values - minus
         return float(np.sqrt(variance(values) / (count - 1)))
     without = np.array([metric.statistic(np.delete(values, k)) for k in range(count)])
+    apart = float(metric.statistic(values))
     if minus is not None:
         without -= [metric.statistic(np.delete(minus, k)) for k in range(count)]
-    return float(np.sqrt((count - 1) * variance(without)))
+        apart = max(apart, float(metric.statistic(minus)))
+    error = float(np.sqrt((count - 1) * variance(without)))
+    # Of two values that are equally frequent, no image changes the deviation more than another: that is no certainty.
+    return None if apart > 0 and error <= 1e-9 * apart else error

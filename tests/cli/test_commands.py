@@ -2,6 +2,8 @@
 
 import csv
 import json
+import subprocess
+import sys
 
 import numpy as np
 import pytest
@@ -26,6 +28,25 @@ def test_a_run_directory_holds_what_the_readme_says(teacher_run):
     assert result.startswith("Best Recall@1: ") and "\nFinal Recall@1: " in result
     last = json.loads((teacher_run / "metrics.jsonl").read_text().splitlines()[-1])
     assert f"{100 * last['recall@1']:.4f}" in result
+
+
+def test_more_metrics_stand_behind_recall(tmp_path, image_folder, capsys):
+    run = tmp_path / "run"
+    names = ["nmi", "map@r", "precision@3", "r_precision"]
+    data = ["--dataset", "folder", "--data", str(image_folder)]
+    assert train([*TINY, *data, "--epochs", "1", "--save_dir", str(run), "--metrics", *names]) == 0
+    result = (run / "result.txt").read_text()
+    assert result.startswith("Best Recall@1: ")
+    lines = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
+    last = next(line for line in reversed(lines) if "recall@1" in line)
+    assert all(0 <= last[name] <= 1 for name in names)
+    capsys.readouterr()
+    assert console(["eval", str(run), "--metrics", *names]) == 0
+    printed = capsys.readouterr().out
+    titles = {"nmi": "NMI", "map@r": "MAP@R", "precision@3": "Precision@3", "r_precision": "R-precision"}
+    for name in names:
+        line = f"{titles[name]}: {100 * last[name]:.4f}"
+        assert line in printed and line in result
 
 
 def test_evaluating_a_checkpoint_repeats_its_result(teacher_run, image_folder, capsys):
@@ -199,3 +220,10 @@ def test_a_loss_from_outside_the_package_trains_through_the_command_line(image_f
     assert train([*flags, "--loss", "l2_triplet:1", "--loss", "length_penalty:0.5,target=2"]) == 0
     line = json.loads((tmp_path / "run" / "metrics.jsonl").read_text().splitlines()[0])
     assert set(line["losses"]) == {"l2_triplet", "length_penalty"}
+
+
+def test_a_reader_that_has_read_enough_is_no_error():
+    code = "import sys; from metric_kd.cli.main import main; sys.exit(main(['list', 'methods']))"
+    process = subprocess.Popen([sys.executable, "-c", code], stdout=subprocess.PIPE, stderr=subprocess.PIPE, bufsize=0)
+    process.stdout.close()
+    assert process.stderr.read() == b"" and process.wait(60) == 1

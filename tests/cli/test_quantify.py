@@ -14,9 +14,11 @@ from tiny import TINY, write_images
 from metric_kd.cli import subjects
 from metric_kd.cli.distill import main as distill
 from metric_kd.cli.main import main as command
+from metric_kd.cli.parse import parse
+from metric_kd.cli.quantify import _default_out
 from metric_kd.cli.quantify import main as quantify
 from metric_kd.cli.train import main as train
-from metric_kd.engine.checkpoint import read_checkpoint, write_checkpoint
+from metric_kd.engine.checkpoint import read_checkpoint, restore_network, write_checkpoint
 from metric_kd.engine.weight_record import read_distances
 from metric_kd.errors import UserError
 from metric_kd.models.layers import reading
@@ -83,10 +85,10 @@ def test_from_runs_to_the_page(runs, tmp_path, capsys):
 def test_maps_are_those_of_the_library_and_distances_those_of_the_record(runs, tmp_path):
     flags = ["--distilled", str(runs / "distilled"), "--layer", "conv", *QUICK, "--threshold", "0.01"]
     quantify([*flags, "--out", str(tmp_path / "q")])
-    config = subjects.parse("quantify", flags).config
+    config = parse("quantify", flags).config
     networks = subjects.networks_of(config, [])
     images = subjects.images_of(config, networks, [])
-    network = subjects.load_network(runs / "distilled" / "weights" / "epoch0002.pth").eval()
+    network = restore_network(runs / "distilled" / "weights" / "epoch0002.pth", None, {}).eval()
     with reading(network, "conv") as read:
         search = Search(grid=4, draws=4, iterations=8)
         found = information_discarding(read, images.views[32], search, scale=network.pixel_scale)
@@ -122,7 +124,7 @@ def test_stopped_and_resumed_gives_the_same(runs, tmp_path, monkeypatch):
     assert len(calls) == 8 + (15 - 7), "three calls for each of five checkpoints; seven were kept"
     assert metrics(tmp_path / "whole")["tables"] == metrics(tmp_path / "cut")["tables"]
     with h5py.File(tmp_path / "whole" / "maps.h5") as one, h5py.File(tmp_path / "cut" / "maps.h5") as other:
-        for name in ("teacher/3", "distilled/0", "baseline/3"):
+        for name in ("teacher/0", "distilled/0", "baseline/3"):
             assert np.array_equal(one[f"{name}/sigma"][()], other[f"{name}/sigma"][()])
     calls.clear()
     quantify(
@@ -150,10 +152,10 @@ def test_a_network_trained_again_is_searched_again(runs, tmp_path, monkeypatch):
 def test_embeddings_are_explained_without_a_relu(image_folder, tmp_path, teacher_run):
     train([*TINY, "--data", str(image_folder), "--save_dir", str(tmp_path / "student"), "--record_weights", "0,1"])
     flags = ["--teacher", str(teacher_run), "--distilled", str(tmp_path / "student"), *QUICK]
-    config = subjects.parse("quantify", flags).config
+    config = parse("quantify", flags).config
     networks = subjects.networks_of(config, [])
     assert [(n.name, n.layer, n.relu, list(n.checkpoints)) for n in networks] == [
-        ("teacher", "embedding", False, [2]),
+        ("teacher", "embedding", False, [0]),
         ("distilled", "embedding", False, [0, 1, 2]),
     ]
     moved = read_distances(tmp_path / "student" / "weights")["linear.weight"]
@@ -183,7 +185,7 @@ def test_masks_belong_to_images_by_their_path(runs, tmp_path, image_folder):
         "3",
     ]
     flags += ["--view", "whole"]
-    config = subjects.parse("quantify", [*flags, "--masks", str(tmp_path / "masks")]).config
+    config = parse("quantify", [*flags, "--masks", str(tmp_path / "masks")]).config
     networks = subjects.networks_of(config, [])
     found = subjects.images_of(config, networks, [])
     assert found.foreground[:, :, :2].all() and not found.foreground[:, :, 2:].any()
@@ -191,10 +193,21 @@ def test_masks_belong_to_images_by_their_path(runs, tmp_path, image_folder):
     assert quantify([*flags, "--masks", str(tmp_path / "masks"), "--out", str(tmp_path / "q")]) == 0
     rows = "\n".join(f"{file.relative_to(images).as_posix()},0,24,48,24" for file in images.rglob("*.png"))
     (tmp_path / "boxes.csv").write_text(f"path,x,y,width,height\n{rows}\n")
-    config = subjects.parse("quantify", [*flags, "--masks", str(tmp_path / "boxes.csv")]).config
+    config = parse("quantify", [*flags, "--masks", str(tmp_path / "boxes.csv")]).config
     below = subjects.images_of(config, networks, []).foreground
     assert below[:, 2:].all() and not below[:, :2].any()
-    next((tmp_path / "masks").rglob("*.npy")).unlink()
+    empty = next((tmp_path / "masks").rglob("*.npy"))
+    kept = np.load(empty)
+    np.save(empty, kept * 0)
+    notes = []
+    config = parse("quantify", [*flags, "--count", "6", "--masks", str(tmp_path / "masks")]).config
+    subjects.images_of(config, networks, notes)
+    assert "1 of 6 images have no foreground" in notes[0]
+    (tmp_path / "boxes.csv").write_text((tmp_path / "boxes.csv").read_text().replace("0,24,48,24", "0,0,48,48"))
+    config = parse("quantify", [*flags, "--masks", str(tmp_path / "boxes.csv")]).config
+    with pytest.raises(UserError, match="no image has both foreground and background"):
+        subjects.images_of(config, networks, [])
+    empty.unlink()
     with pytest.raises(UserError, match="has nothing for 1 of the 6 chosen images, the first class"):
         quantify([*flags, "--count", "6", "--masks", str(tmp_path / "masks"), "--out", str(tmp_path / "q2")])
     assert not (tmp_path / "q2").exists()
@@ -223,6 +236,8 @@ def test_a_run_without_a_record_is_looked_at_as_it_is(runs, tmp_path, capsys):
         (["--distilled", "D", "--layer", "conv", "--count", "0"], "--count is 0; give 1 or more"),
         (["--distilled", "D", "--layer", "conv", "--images", "nowhere"], "is no folder"),
         (["--distilled", "D", "--layer", "conv", "--masks", "nowhere"], "give the folder of the images too"),
+        (["--distilled", "D", "--layer", "base"], "no tensor; tap a layer inside it"),
+        (["--distilled", "D", "--layer", "conv", "--teacher_layer", "fc1"], "give --teacher, or leave it out"),
         (["--distilled", "D", "--layer", "conv", "--draws", "3", "--antithetic"], "give an even number"),
         (["--distilled", "D", "--layer", "conv", "--target", "high"], "--target"),
         (["--distilled", "nowhere", "--layer", "conv"], "does not exist"),
@@ -249,9 +264,12 @@ def test_maps_of_another_search_are_not_taken(runs, tmp_path):
         str(tmp_path / "q"),
     ]
     quantify(flags)
+    write_images(tmp_path / "others", 5, 1)
     for other, words in ((["--draws", "6"], "draws 4, these have 6"), (["--seed", "1"], "seed 0, these have 1")):
         with pytest.raises(UserError, match=words):
             quantify([*flags, *other])
+    with pytest.raises(UserError, match="holds maps of other images"):
+        quantify([*flags, "--images", str(tmp_path / "others")])
     quantify([*flags, "--draws", "6", "--resume", "never"])
     (tmp_path / "q" / "maps.h5").write_bytes(b"nothing")
     with pytest.raises(UserError, match="is no file of maps"):
@@ -269,7 +287,7 @@ def test_a_state_dict_and_a_feature_that_never_answers_are_refused(runs, tmp_pat
     write_checkpoint(tmp_path / "dead.pth", {key: value for key, value in content.items() if key != "format"})
     write_images(tmp_path / "images", 1, 2)
     flags = ["--distilled", str(tmp_path / "dead.pth"), "--layer", "conv", "--images", str(tmp_path / "images"), *QUICK]
-    with pytest.raises(UserError, match="answers to noise in none of the images"):
+    with pytest.raises(UserError, match="of the distilled network answers to noise in none of the images"):
         quantify([*flags, "--out", str(tmp_path / "q")])
 
 
@@ -298,3 +316,43 @@ def test_unreadable_images_are_named_or_skipped(runs, tmp_path, capsys):
     assert quantify([*flags, "--skip_unreadable", "--out", str(tmp_path / "q")]) == 0
     assert metrics(tmp_path / "q")["tables"][1]["images"] == 2
     assert "skipped 1 unreadable images" in capsys.readouterr().out
+
+
+def test_a_network_can_be_added_and_flags_that_only_sum_up_keep_the_folder(runs, tmp_path, monkeypatch):
+    flags = ["--layer", "conv", *QUICK, "--epochs", "0,3", "--out", str(tmp_path / "q")]
+    quantify(["--distilled", str(runs / "distilled"), *flags])
+    search, seen = maps.information_discarding, []
+    monkeypatch.setattr(maps, "information_discarding", lambda *a, **k: (seen.append(1), search(*a, **k))[1])
+    quantify(["--distilled", str(runs / "distilled"), "--baseline", str(runs / "baseline"), *flags])
+    assert len(seen) == 2, "two checkpoints of the baseline"
+    with pytest.raises(UserError, match="give another --out"):
+        quantify(["--distilled", str(runs / "distilled"), *flags, "--layer", "pooled"])
+    plain = ["--distilled", "run", "--layer", "conv"]
+    same = [parse("quantify", [*plain, *more]).config for more in ([], ["--masks", "a.csv"], ["--epochs", "0,5"])]
+    assert len({_default_out(config) for config in same}) == 1
+    other = parse("quantify", [*plain, "--draws", "8"]).config
+    assert _default_out(other) != _default_out(same[0])
+
+
+def test_networks_that_see_images_of_different_sizes(runs, image_folder, tmp_path):
+    flags = [*CLASSIFY, "--data", str(image_folder), "--base", "resnet8_x0.25:stem_stride=2", "--input_size", "24"]
+    train([*flags, "--epochs", "1", "--device", "cpu", "--save_dir", str(tmp_path / "small")])
+    flags = ["--teacher", str(runs / "teacher"), "--distilled", str(tmp_path / "small"), "--layer", "conv", *QUICK]
+    assert quantify([*flags, "--out", str(tmp_path / "q")]) == 0
+    with pytest.raises(UserError, match="leave --view crop out"):
+        quantify([*flags, "--view", "crop", "--out", str(tmp_path / "q2")])
+
+
+def test_one_checkpoint_and_no_epochs(runs, tmp_path, capsys):
+    file = runs / "distilled" / "best.pth"
+    flags = ["--distilled", str(file), "--layer", "conv", *QUICK, "--images", str(tmp_path / "images")]
+    write_images(tmp_path / "images", 1, 2)
+    with pytest.raises(UserError, match="leave --epochs out"):
+        quantify([*flags, "--epochs", "0,3", "--out", str(tmp_path / "q")])
+    assert quantify([*flags, "--out", str(tmp_path / "q")]) == 0
+    assert "is one checkpoint (give its run to see how it learned)" in capsys.readouterr().out.replace("\n  ", " ")
+
+
+def test_a_preset_is_no_flag_of_it():
+    with pytest.raises(UserError, match="--preset"):
+        parse("quantify", ["--preset", "zoo"])

@@ -14,6 +14,7 @@ from tiny import ROOT, TINY, command, start
 
 from metric_kd.cli.train import main
 from metric_kd.engine.checkpoint import read_checkpoint
+from metric_kd.engine.weight_record import checkpoints_of, read_distances
 from metric_kd.errors import UserError
 
 
@@ -157,27 +158,20 @@ def test_torchrun_with_two_processes_ends_with_a_checkpoint(image_folder, teache
     run = tmp_path / "run"
     arguments = [
         *TINY, "--data", str(image_folder), "--teacher_load", str(teacher_run), "--save_dir", str(run),
-        "--dist_ratio", "1", "--angle_ratio", "2", "--fitnet_ratio", "0.1",
+        "--dist_ratio", "1", "--angle_ratio", "2", "--fitnet_ratio", "0.1", "--record_weights", "all",
     ]  # fmt: skip
-    done = subprocess.run(
-        [
-            sys.executable,
-            "-m",
-            "torch.distributed.run",
-            "--standalone",
-            "--nproc_per_node=2",
-            "run_distill.py",
-            *arguments,
-        ],
-        cwd=ROOT,
-        env={**os.environ, "OMP_NUM_THREADS": "1"},
-        capture_output=True,
-        text=True,
-        timeout=200,
-    )
+    launch = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2", "run_distill.py"]
+    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+    how = {"cwd": ROOT, "env": environment, "capture_output": True, "text": True, "timeout": 200}
+    done = subprocess.run([*launch, *arguments], **how)
     assert done.returncode == 0, done.stderr[-2000:]
     assert read_checkpoint(run / "last.pth")["environment"]["processes"] == 2
     assert "Final Recall@1" in (run / "result.txt").read_text()
+    longer = [*arguments, "--epochs", "3"]
+    done = subprocess.run([*launch, *longer], **how)
+    assert done.returncode == 0, done.stderr[-2000:]
+    assert list(checkpoints_of(run / "weights")) == [0, 1, 2, 3], "one process keeps the record, resumed or not"
+    assert len(read_distances(run / "weights")["linear.weight"].path) == 4
 
 
 def test_sigterm_during_evaluation_stops_at_once_with_everything_saved(image_folder, tmp_path, uninterrupted):

@@ -9,7 +9,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from metric_kd.errors import UserError
-from metric_kd.quantify.discarding import Search, entropy, information_discarding
+from metric_kd.quantify import Search, entropy, information_discarding
 
 
 def toy():
@@ -232,9 +232,21 @@ def test_an_image_without_an_answer_is_told_apart(network, images):
     assert_close(found.sigma[2], information_discarding(network, images, QUICK).sigma[2])
 
 
-def test_gradients_do_not_reach_the_network(network, images):
-    information_discarding(network, images, QUICK)
-    assert all(parameter.grad is None for parameter in network.parameters())
+def test_the_clean_feature_keeps_no_graph(network, images):
+    kept = []
+
+    def feature(batch: Tensor) -> Tensor:
+        kept.append(network(batch))
+        return kept[-1]
+
+    information_discarding(feature, images, Search(grid=3, iterations=1, draws=4))
+    assert [value.requires_grad for value in kept] == [False, False, True], "clean, unit, the one iteration"
+
+
+def test_half_images_are_raised(network, images):
+    half = images.half()
+    found = information_discarding(lambda x: network(x.double()), half, QUICK)
+    assert found.sigma.dtype == torch.float32 and found.answered.all()
 
 
 @pytest.mark.parametrize(
@@ -246,6 +258,8 @@ def test_gradients_do_not_reach_the_network(network, images):
         ({"low": 0.0}, "0 < low <= start <= high"),
         ({"lam": -1.0}, "lam is -1.0; give a positive number"),
         ({"lr": 0.0}, "lr is 0.0; give a positive number"),
+        ({"target": math.inf}, "target is inf; give a finite number"),
+        ({"check": 0}, "check is 0; give 1 or more"),
         ({"draws": 5, "antithetic": True}, "give an even number"),
         ({"form": "code"}, "reference"),
     ],
@@ -260,6 +274,11 @@ def test_bad_images_are_refused(network, images):
         information_discarding(network, images, Search(grid=10))
     with pytest.raises(UserError, match=r"give \(N, C, H, W\)"):
         information_discarding(network, images[0], QUICK)
+    for wrong in ({"keys": [1]}, {"seed": -1}, {"keys": [0, 1, -2]}):
+        with pytest.raises(UserError, match="a seed and one key per image"):
+            information_discarding(network, images, QUICK, **wrong)
+    with pytest.raises(UserError, match="batch is 0"):
+        information_discarding(network, images, QUICK, batch=0)
 
 
 def test_the_rate_belongs_to_the_grid():

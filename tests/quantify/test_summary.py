@@ -3,6 +3,7 @@
 import math
 import statistics
 import warnings
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -12,7 +13,7 @@ from pinned import arrays
 
 from metric_kd.errors import UserError
 from metric_kd.quantify.concepts import count_concepts, find_concepts, stability
-from metric_kd.quantify.summary import Quantified, curve, metric_table
+from metric_kd.quantify.summary import Quantified, curve, metric_table, unlearned
 
 KEYS = ["n_fg", "n_bg", "ratio", "n_fg_peak", "d_mean", "d_var", "d_std", "rho"]
 MORE = [True, None, True, None, False, None, False, True]
@@ -74,7 +75,8 @@ def slow_numbers(net, foreground, rows, threshold, background, empty):
         out["n_bg"].append(int(counts.background[m, -1]))
         out["ratio"].append(float(counts.ratio[m, -1]))
         out["n_fg_peak"].append(max(series))
-        out["distance"].append(float(net.distance[net.epochs[series.index(max(series))]]))
+        moved = float(net.distance[net.epochs[series.index(max(series))]])
+        out["distance"].append(math.nan if empty == "skip" and max(series) == 0 else moved)
         out["rho"].append(float(rho[m]))
     return out
 
@@ -98,7 +100,9 @@ def slow_error(key, values):
         return statistics.stdev([v[0] - v[1] if len(v) == 2 else v[0] for v in values]) / math.sqrt(count)
     without = [of(values[:k] + values[k + 1 :]) for k in range(count)]
     middle = statistics.fmean(without)
-    return math.sqrt((count - 1) / count * math.fsum((theta - middle) ** 2 for theta in without))
+    error = math.sqrt((count - 1) / count * math.fsum((theta - middle) ** 2 for theta in without))
+    largest = max(STATISTICS[key](column) for column in zip(*values, strict=True))
+    return None if largest > 0 and error <= 1e-9 * largest else error
 
 
 @settings(max_examples=60, deadline=None)
@@ -274,3 +278,23 @@ def test_what_does_not_fit_is_refused():
         metric_table("x", [beyond], foreground, np.arange(6))
     with pytest.raises(UserError, match="unknown empty"):
         metric_table("x", [one], foreground, np.arange(6), empty="none")
+
+
+def test_two_values_that_are_equally_frequent_have_no_standard_error_of_their_deviation():
+    """Leaving out any image changes it alike: the jackknife finds 0, which is no certainty."""
+    nets = [peaks("distilled", [2, 2, 1, 1]), peaks("baseline", [1, 2, 2, 2])]
+    found = by_key(metric_table("x", nets, HALF, np.arange(4)))
+    assert found["d_std"].values["distilled"].mean > 0 and found["d_std"].values["distilled"].error is None
+    assert found["d_std"].values["baseline"].error > 0
+    assert found["d_mean"].values["distilled"].error > 0
+
+
+def test_what_was_never_learned_and_what_was_there_from_the_start():
+    net = peaks("distilled", [0, 2, 1, 0])
+    assert unlearned(net, HALF) == (0, 2)
+    flat = replace(net, entropy=np.full_like(net.entropy, -3.0))
+    assert unlearned(flat, HALF) == (4, 0)
+    rows = by_key(metric_table("x", [flat], HALF, np.arange(4)))
+    assert rows["d_mean"].values["distilled"] is None and rows["rho"].values["distilled"] is None
+    rows = by_key(metric_table("x", [flat], HALF, np.arange(4), empty="zero"))
+    assert rows["d_mean"].values["distilled"].mean == 0.0
