@@ -2,6 +2,7 @@
 
 from collections.abc import Sequence
 
+from metric_kd import distributed
 from metric_kd.cli.parse import Parsed, parse, run_as_flag
 from metric_kd.cli.session import build, checked
 from metric_kd.cli.stored import run_of
@@ -24,12 +25,15 @@ def evaluate(parsed: Parsed) -> dict[str, float]:
         *session.notes,
         f"{session.config.load} on {session.config.dataset} ({len(session.test.records)} images)",
     ):
-        print(note)
+        if distributed.is_main():
+            print(note)
     try:
         metrics = session.goal.evaluate(session.config, session.device, session.test)(session.student)
     finally:
         session.close()
+    metrics = distributed.from_main(metrics)
     suffix = " (selected on test)" if selected_on_test(session.config.load) else ""
     for key, title in session.metrics.items():
-        print(f"{title}: {100 * metrics[key]:.4f}{suffix}")
+        if distributed.is_main():
+            print(f"{title}: {100 * metrics[key]:.4f}{suffix}")
     return metrics

@@ -101,7 +101,7 @@ def _fit(
     with nullcontext() if board is None else closing(board):
         trainer.observers = [*observers, board] if board is not None else observers
         trainer.fit()
-    return distributed.from_main(_finish(session, run, trainer) if distributed.is_main() else {})
+    return distributed.from_main(_finish(session, run, trainer))
 
 
 def _recorders(session: Session, run: RunDirectory, trainer: Trainer) -> list[Observer]:
@@ -122,8 +122,13 @@ class Result(NamedTuple):
 
 
 def _finish(session: Session, run: RunDirectory, trainer: Trainer) -> dict[str, float]:
-    """Write the networks, result.txt and, last of all, card.json; returns the metrics of the student."""
+    """Write the networks, result.txt and, last of all, card.json; returns the metrics of the student.
+
+    All processes measure together; the main one has the metrics, and writes.
+    """
     results = {name: _result(session, run, trainer, name) for name in trainer.task.networks}
+    if not distributed.is_main():
+        return {}
     trainer.finish({name: result.final for name, result in results.items()})
     lines = [line for name, result in results.items() for line in _lines(session, name, result)]
     write_text(run.result, "\n".join(lines) + "\n")
@@ -145,7 +150,8 @@ def _lines(session: Session, name: str, result: Result) -> list[str]:
 def _result(session: Session, run: RunDirectory, trainer: Trainer, name: str) -> Result:
     keys = list(session.metrics)
     on_test = session.goal.evaluate(session.config, session.device, session.test)
-    record, prefix = (run.history() or [{}])[-1], "" if name == "student" else f"{name}_"
+    record = distributed.from_main((run.history() or [{}])[-1] if distributed.is_main() else {})
+    prefix = "" if name == "student" else f"{name}_"
     network = trainer.task.networks[name]
     stored = {key: record[f"{prefix}{key}"] for key in keys if f"{prefix}{key}" in record}
     final = stored or on_test(network)
@@ -154,7 +160,9 @@ def _result(session: Session, run: RunDirectory, trainer: Trainer, name: str) ->
     epoch = f"epoch {trainer.best[name]['epoch']}"
     if session.config.select == "test":
         return Result({key: trainer.best[name][key] for key in keys}, final, f"{epoch}, selected on test")
-    network.load_state_dict(read_checkpoint(run.best_of(name))["model"])
+    if distributed.is_main():
+        network.load_state_dict(read_checkpoint(run.best_of(name))["model"])
+    distributed.copy_from_main(network.state_dict().values())
     what = "images" if session.config.task == "classification" else "classes"
     return Result(on_test(network), final, f"{epoch}, selected on held-out training {what}")
 

@@ -18,6 +18,7 @@ COMMANDS = {
     "compare": "methods, weights and seeds of a YAML file, as one table",
     "analyse": "how alike a student and its teacher are inside",
     "quantify": "what distillation taught, by the concepts in a layer",
+    "pack": "all images of a data set in one file, for --pack",
     "embed": "write the embeddings of a folder of images",
     "list": "names of datasets, backbones, samplers, losses or methods",
 }
@@ -74,6 +75,12 @@ def run(command: Callable[[Sequence[str], str | None], int], arguments: Sequence
     except KeyboardInterrupt:
         print("stopped.", file=sys.stderr)
         return 130
+    except RuntimeError as error:
+        sentence = distributed.lost(error)
+        if sentence is None:
+            raise
+        print(f"error: {sentence}", file=sys.stderr)
+        return 2
     except OSError as error:
         if error.errno not in (errno.ENOSPC, errno.EDQUOT, errno.EACCES, errno.EROFS):
             raise

@@ -15,6 +15,7 @@ from metric_kd.distill.granularity import (
     decoded_embedding,
     decoded_logits,
 )
+from metric_kd.distributed import all_gather
 from metric_kd.engine.checkpoint import read_checkpoint
 from metric_kd.engine.reproducibility import weights_digest
 from metric_kd.engine.tasks import ParameterGroup, Task, trainable
@@ -75,7 +76,8 @@ class Coding(Task):
             if field == "logits":
                 values[name] = decoded_logits(decoded, target, batch.labels, temperature)
             else:
-                values[name] = decoded_embedding(decoded, target)
+                # Divided by the target's size in the batch, and so no mean over samples: all processes' are one batch.
+                values[name] = decoded_embedding(all_gather(decoded), all_gather(target))
         return torch.stack(list(values.values())).sum(), {name: value.detach() for name, value in values.items()}
 
 

@@ -6,6 +6,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from metric_kd.distributed import average
 from metric_kd.errors import UserError
 
 
@@ -38,6 +39,7 @@ class RunningLosses:
     """Sums of the losses of an epoch and the first step at which each was not finite.
 
     Everything stays on the device until :meth:`means` or :meth:`check`, so that a step never waits for the device.
+    :meth:`means` and :meth:`state` are those of all processes, which call them together.
     """
 
     def __init__(self, names: list[str], device: torch.device):
@@ -61,7 +63,7 @@ class RunningLosses:
             raise UserError(not_finite(f"loss {name!r}", step, last))
 
     def means(self) -> dict[str, float]:
-        values = (self.sums / max(self.count, 1)).tolist()
+        values = (average(self.sums) / max(self.count, 1)).tolist()
         return dict(zip([*self.names[:-1], "loss"], values, strict=True))
 
     def reset(self) -> None:
@@ -69,7 +71,7 @@ class RunningLosses:
         self.count = 0
 
     def state(self) -> dict[str, Any]:
-        return {"sums": self.sums.cpu(), "count": self.count}
+        return {"sums": average(self.sums).cpu(), "count": self.count}
 
     def restore(self, state: dict[str, Any]) -> None:
         self.sums.copy_(state["sums"])

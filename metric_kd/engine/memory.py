@@ -42,6 +42,14 @@ def batch_that_fits(task: Task, batch: Batch, optimizer: torch.optim.Optimizer) 
     )
 
 
+def out_of_memory(share: int, processes: int) -> str:
+    """The same of one process among several, which cannot try alone; ``share``: its part of the batch."""
+    return (
+        f"a batch of {share * processes}, {share} on each of {processes} processes, is out of memory; use more processes or a "
+        "smaller --base, --input_size or --batch."
+    )
+
+
 _STATUS = Path("/proc/self/status")
 
 

@@ -7,10 +7,12 @@ from torch import Tensor, nn
 
 from metric_kd.devices import autocast
 from metric_kd.distill.granularity import Encoders
+from metric_kd.distributed import world_size
+from metric_kd.engine.gathering import detached, gathered, gathered_batch
 from metric_kd.engine.tasks import ParameterGroup, Task, grouped, outputs_for, trainable
 from metric_kd.errors import UserError
 from metric_kd.losses.objective import LossSpec, Objective
-from metric_kd.losses.term import TERMS, PairTerm, Term
+from metric_kd.losses.term import TERMS, PairTerm, Seen, Term
 from metric_kd.models.network import Network
 from metric_kd.modes import eval_mode
 from metric_kd.types import Batch, Output
@@ -100,14 +102,17 @@ class Mutual(Task):
     def forward(self, batch: Batch) -> tuple[Tensor, dict[str, Tensor]]:
         with autocast(batch.images.device, self.precision):
             outputs = self._outputs(batch)
+        whole, together = self._whole(outputs, batch)
         totals: list[Tensor] = []
         values: dict[str, Tensor] = {}
         for k, objective in self._untaught():
-            total, own = objective(outputs[k], None, batch)
+            seen = Seen(whole[k], None, together) if together else None
+            total, own = objective(outputs[k], None, batch, whole=seen)
             totals.append(total)
             values |= {f"{k}_{name}": value for name, value in own.items()}
         for k, j, objective in self._taught():
-            total, own = objective(outputs[k], detached(outputs[j]), batch)
+            seen = Seen(whole[k], detached(whole[j]), together) if together else None
+            total, own = objective(outputs[k], detached(outputs[j]), batch, whole=seen)
             totals.append(total)
             for name, value in own.items():
                 share = value / len(self.peers)
@@ -116,6 +121,13 @@ class Mutual(Task):
 
     def _outputs(self, batch: Batch) -> dict[str, Output]:
         return {k: self._coded(k, network(batch.images, want=self._needs())) for k, network in self.networks.items()}
+
+    def _whole(self, outputs: dict[str, Output], batch: Batch) -> tuple[dict[str, Output], Batch | None]:
+        """What terms that relate samples read of all processes, gathered once; None where one process has it all."""
+        fields = {field for o in self._objectives() if o.related for needs in o.related_needs for field in needs}
+        if world_size() == 1 or not fields:
+            return {}, None
+        return {k: gathered(output, fields) for k, output in outputs.items()}, gathered_batch(batch)
 
     def _needs(self) -> tuple[str, ...]:
         return tuple(sorted({need for objective in self._objectives() for need in objective.student_needs}))
@@ -157,14 +169,3 @@ def _check_mutual(name: str, term: Term) -> None:
         raise UserError(
             f"loss {name!r} has stages or gradients of its own and cannot teach both ways; leave it out of --mutual."
         )
-
-
-def detached(output: Output) -> Output:
-    """The same output as a constant."""
-    maps, preacts = (field and tuple(t.detach() for t in field) for field in (output.maps, output.preacts))
-    pooled, embedding, logits = (
-        t if t is None else t.detach() for t in (output.pooled, output.embedding, output.logits)
-    )
-    taps = output.taps and {key: t.detach() for key, t in output.taps.items()}
-    codes = output.codes and (output.codes[0].detach(), output.codes[1].detach())
-    return Output(maps, preacts, pooled, embedding, logits, taps, codes)

@@ -9,19 +9,26 @@ import numpy as np
 import torch
 from torch import nn
 
-from metric_kd.distributed import world_size
+from metric_kd import kernels
+from metric_kd.distributed import seed_common, world_size
 
 
 def seed_step(seed: int, step: int, rank: int) -> None:
     """Seed every generator for one step.
 
     What a step draws then depends on (seed, step, rank) alone, so that a run resumed anywhere repeats it, whatever was
-    drawn in between by loaders or evaluation.
+    drawn in between by loaders or evaluation. Draws that all processes must share depend on (seed, step) and are those of
+    rank 0 (:func:`~metric_kd.distributed.common_draws`).
     """
-    value = int(np.random.SeedSequence([seed, step, rank]).generate_state(1, np.uint64)[0] >> np.uint64(1))
+    value = _seed_of(seed, step, rank)
     torch.manual_seed(value)
     random.seed(value)
     np.random.seed(value % 2**32)
+    seed_common(_seed_of(seed, step, 0))
+
+
+def _seed_of(seed: int, step: int, rank: int) -> int:
+    return int(np.random.SeedSequence([seed, step, rank]).generate_state(1, np.uint64)[0] >> np.uint64(1))
 
 
 def random_states() -> dict[str, Any]:
@@ -58,6 +65,7 @@ def environment(device: torch.device) -> dict[str, Any]:
         "threads": torch.get_num_threads(),
         "processes": world_size(),
         "cpu_capability": torch.backends.cpu.get_cpu_capability(),
+        "kernels": kernels.described(device),
     }
 
 

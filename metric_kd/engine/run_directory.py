@@ -16,7 +16,9 @@ from metric_kd.engine.checkpoint import read_checkpoint, sweep, write_text
 from metric_kd.engine.weight_record import remove_record
 from metric_kd.errors import UserError
 
-RESUMABLE_KEYS = frozenset({"epochs", "workers", "device", "save_minutes", "resume", "dry_run", "save_dir", "plugins"})
+RESUMABLE_KEYS = frozenset(
+    {"epochs", "workers", "pack", "device", "save_minutes", "resume", "dry_run", "save_dir", "plugins"}
+)
 """Config keys that may differ between the start of a run and its continuation."""
 
 

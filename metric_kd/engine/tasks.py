@@ -12,6 +12,7 @@ from torch import Tensor, nn
 
 from metric_kd.devices import autocast
 from metric_kd.distill.granularity import CodedTeacher, Coders
+from metric_kd.engine.gathering import whole_batch
 from metric_kd.errors import UserError
 from metric_kd.losses.objective import Objective
 from metric_kd.losses.term import Pair, Stage
@@ -72,7 +73,7 @@ class Solo(Task):
     """Train one student by an objective that may also read a frozen teacher.
 
     The student and the terms' own parts are submodules, so one DDP wrapper and one state dict hold them; the teacher is
-    neither trained nor saved and stays outside.
+    neither trained nor saved and stays outside. Where processes share a batch, terms that relate samples see all of it.
     """
 
     student: Network
@@ -175,7 +176,8 @@ class Solo(Task):
         pair = None
         if self._pair is not None and student is not None and teacher is not None:
             pair = self._pair._replace(student_output=student, teacher_output=teacher, batch=batch)
-        result: tuple[Tensor, dict[str, Tensor]] = objective(student, teacher, batch, pair)
+        whole = whole_batch(objective, student, teacher, batch, pair)
+        result: tuple[Tensor, dict[str, Tensor]] = objective(student, teacher, batch, pair, whole)
         return result
 
     def _teach(self, batch: Batch, needs: tuple[str, ...], graph: bool = False) -> Output | None:

@@ -18,7 +18,7 @@ from metric_kd.engine import reproducibility
 from metric_kd.engine.checkpoint import write_checkpoint
 from metric_kd.engine.interruption import StopRequest
 from metric_kd.engine.logging import Observer, RunningLosses, epoch_line, not_finite
-from metric_kd.engine.memory import batch_that_fits, is_out_of_memory
+from metric_kd.engine.memory import batch_that_fits, is_out_of_memory, out_of_memory
 from metric_kd.engine.optimisation import Settings, learning_rate, make_optimizer, stage_settings
 from metric_kd.engine.run_directory import RunDirectory
 from metric_kd.engine.tasks import Task
@@ -41,8 +41,9 @@ class Trainer:
     """Runs ``task`` through its stages and then over the epochs of ``settings``, saves whole checkpoints, resumes bit for bit.
 
     Every stage has a fresh optimiser. evaluate(network) -> metrics is called in the main stage, after every
-    ``eval_every``-th epoch and after the last. ``select``: the metric by which best.pth is chosen, or None for the network
-    of the last epoch. about: plain values that every checkpoint of a network holds as well.
+    ``eval_every``-th epoch and after the last, on all processes; the main one's metrics count. ``select``: the metric by
+    which best.pth is chosen, or None for the network of the last epoch. about: plain values that every checkpoint of a
+    network holds as well.
     """
 
     def __init__(
@@ -129,6 +130,8 @@ class Trainer:
         if distributed.world_size() > 1 and self.module is self.task:
             ids = [self.device.index] if self.device.type == "cuda" else None
             self.module = DistributedDataParallel(self.task, device_ids=ids, find_unused_parameters=True)
+            # Statistics need not be alike while they are only written: evaluation and checkpoints take the main process's.
+            self.module.broadcast_buffers = False
 
     def _train_epoch(self, started: float) -> None:
         self._enter_training()
@@ -179,6 +182,8 @@ class Trainer:
             if not is_out_of_memory(error):
                 raise
         # Out of the except block the failed step is forgotten, and with it the memory that it held.
+        if distributed.world_size() > 1:  # the others would wait for every attempt
+            raise UserError(out_of_memory(len(batch.labels), distributed.world_size()))
         raise UserError(batch_that_fits(self.task, batch, self.optimizer))
 
     def trial_step(self, batch: Batch) -> dict[str, float]:
@@ -252,7 +257,7 @@ class Trainer:
         self.save(time.monotonic() - started)
         metrics: dict[str, dict[str, float]] = {}
         with self.stop.nothing_to_lose():
-            if distributed.is_main() and self.evaluate:
+            if self.evaluate:
                 metrics = {name: self.evaluate(network) for name, network in self.task.networks.items()}
         return distributed.from_main(metrics)  # type: ignore[no-any-return]
 
@@ -274,6 +279,7 @@ class Trainer:
     def save(self, seconds: float) -> None:
         """Write last.pth: everything that the rest of the run depends on."""
         self.losses.check(self.run.last)
+        losses = self.losses.state()
         states = distributed.gather_objects(reproducibility.random_states())
         if distributed.is_main():
             self._check_finite()
@@ -284,7 +290,7 @@ class Trainer:
                     "task": {key: value for key, value in self.task.state_dict().items() if value is not None},
                     "optimizer": self.optimizer.state_dict(),
                     "scaler": self.scaler.state_dict(),
-                    "losses": self.losses.state(),
+                    "losses": losses,
                     "position": {
                         "stage": self.stage,
                         "stages": [entered[1].name for entered in self.stages if entered],
@@ -292,6 +298,7 @@ class Trainer:
                         "iteration": self.iteration,
                         "step": self.step,
                         "lines": self.lines,
+                        "of": len(self.batches),
                     },
                     "seconds": self.seconds + seconds,
                     "best": self.best,
@@ -304,8 +311,17 @@ class Trainer:
         self._saved_at = time.monotonic()
 
     def resume(self) -> bool:
-        """Continue from last.pth; False where there is none. Raises ``UserError`` where it belongs to another run."""
-        if not self.run.last.is_file():
+        """Continue from last.pth; False where there is none. Raises ``UserError`` where it belongs to another run.
+
+        On another number of processes too: batches are drawn for all of them together. Only where their number in an epoch
+        differs, because the images do not divide evenly, a run that stopped within an epoch is refused.
+        """
+        there = distributed.gather_objects(self.run.last.is_file())
+        if any(there) and not all(there):
+            raise UserError(
+                f"only some processes see {self.run.last}; put --save_dir where all machines see the same files."
+            )
+        if not any(there):
             if distributed.is_main():
                 self.run.cut_history(0)
             return False
@@ -324,6 +340,11 @@ class Trainer:
                     "the result will not equal that of an undisturbed run bit for bit."
                 )
         position = state["position"]
+        if position["iteration"] and position.get("of", len(self.batches)) != len(self.batches):
+            raise UserError(
+                f"{self.run.path} stopped within an epoch of {position['of']} steps and for this number of processes an epoch "
+                f"has {len(self.batches)}; start as many processes as before ({stored.get('processes')})."
+            )
         self.enter_stage(position["stage"])
         self.task.load_state_dict(state["task"])
         self.optimizer.load_state_dict(state["optimizer"])

@@ -6,6 +6,7 @@ import torch
 from torch import Tensor, nn
 
 from metric_kd.devices import autocast
+from metric_kd.distributed import copy_from_main, gather_objects
 from metric_kd.errors import UserError
 from metric_kd.evaluation.embed import with_bar
 from metric_kd.modes import eval_mode
@@ -61,30 +62,40 @@ def evaluate_classification(
     ks: Sequence[int] | None = None,
     progress: str | None = None,
     total: int | None = None,
+    shared: bool = False,
 ) -> dict[str, float]:
     """:func:`topk_accuracy` of ``network(images, want=("logits",))`` over all batches, without keeping the logits.
 
     The network is where ``device`` says and in eval mode meanwhile; every module gets back the mode that it had.
-    precision: "fp32", "bf16" or "fp16" (autocast). progress: the title of a bar on stderr over ``total`` batches.
+    precision: "fp32", "bf16" or "fp16" (autocast). progress: the title of a bar on stderr over ``total`` batches. shared:
+    ``batches`` are this process's part of those of all processes, which call this together and get the accuracy over all.
     Raises ``UserError`` for an unknown precision, where there are no batches, and as :func:`topk_accuracy` does.
     """
     device = torch.device(device)
-    hits: Tensor | None = None
+    hits: list[Tensor] = []
     count = 0
+    if shared:
+        copy_from_main(network.buffers())
     with eval_mode(network), torch.inference_mode(), autocast(device, precision):
         for batch in with_bar(batches, progress, total):
             logits = network(batch.images.to(device, non_blocking=True), want=("logits",)).logits
-            if hits is None:
+            if not hits:
                 ks = default_top(logits.shape[1]) if ks is None else ks
                 check_top(ks, logits.shape[1])
-                hits = torch.zeros(len(ks), dtype=torch.float64, device=logits.device)
             assert ks is not None
             _check_labels(batch.labels, logits.shape[1])
-            hits += _hits(logits, batch.labels.to(logits.device, non_blocking=True), ks)
+            hits.append(_hits(logits, batch.labels.to(logits.device, non_blocking=True), ks))
             count += len(logits)
-    if hits is None or ks is None or count == 0:
+    found = (ks, count, torch.stack(hits).tolist() if hits else [])
+    parts = gather_objects(found) if shared else [found]
+    count = sum(part[1] for part in parts)
+    if count == 0:
         raise UserError("there are no images to classify; check that the data set is not empty.")
-    return {f"top{k}": hit / count for k, hit in zip(ks, hits.tolist(), strict=True)}
+    ks = next(part[0] for part in parts if part[1])
+    assert ks is not None
+    # Batch by batch in their order, so that the sums of the fractions do not depend on who counted.
+    of_batches = zip(*(batch for part in parts for batch in part[2]), strict=True)
+    return {f"top{k}": sum(hits) / count for k, hits in zip(ks, of_batches, strict=True)}
 
 
 def _check_labels(labels: Tensor, num_classes: int) -> None:

@@ -7,6 +7,7 @@ import torch
 from torch import Tensor, nn
 
 from metric_kd.devices import autocast
+from metric_kd.distributed import copy_from_main, gather_objects, gather_rows, is_main
 from metric_kd.errors import UserError
 from metric_kd.modes import eval_mode
 from metric_kd.types import Batch
@@ -28,29 +29,39 @@ def embed(
     precision: str = "fp32",
     progress: str | None = None,
     total: int | None = None,
+    shared: bool = False,
 ) -> Embeddings:
     """The embeddings of all batches, in their order; the network is where ``device`` says and in eval mode meanwhile.
 
     Every module gets back the mode that it had, frozen batch normalisation included. precision: "fp32", "bf16" or
     "fp16" (autocast); the vectors are float32 in any case. progress: the title of a bar on stderr over ``total``
     batches. Raises ``UserError`` for an unknown precision and where there are no batches.
+
+    shared: ``batches`` are this process's part of those of all processes, which call this together; the main one gets the
+    embeddings of all, part by part, of its own network's statistics, and the others get none.
     """
     device = torch.device(device)
     vectors, labels, indices = [], [], []
+    if shared:
+        copy_from_main(network.buffers())
     with eval_mode(network), torch.inference_mode(), autocast(device, precision):
         for batch in with_bar(batches, progress, total):
             output = network(batch.images.to(device, non_blocking=True), want=("embedding",))
             vectors.append(output.embedding.float().cpu())
             labels.append(batch.labels.cpu())
             indices.append(batch.indices.cpu())
-    if not vectors:
+    if not any(gather_objects(bool(vectors)) if shared else [bool(vectors)]):
         raise UserError("there are no images to embed; check that the data set is not empty.")
     # Joined outside inference mode: the results are ordinary tensors, which a loss may read later.
-    return Embeddings(torch.cat(vectors), torch.cat(labels), torch.cat(indices))
+    parts = [torch.cat(parts) if parts else torch.empty(0, dtype=torch.int64) for parts in (vectors, labels, indices)]
+    if shared:
+        whole = [gather_rows(part, device) for part in parts]
+        parts = [part[:0] if all_rows is None else all_rows for part, all_rows in zip(parts, whole, strict=True)]
+    return Embeddings(*parts)
 
 
 def with_bar(batches: Iterable[Batch], progress: str | None, total: int | None) -> Iterable[Batch]:
-    if progress is None:
+    if progress is None or not is_main():
         return batches
     from tqdm import tqdm
 

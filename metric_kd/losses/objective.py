@@ -11,8 +11,9 @@ import yaml
 from torch import Tensor, nn
 
 from metric_kd.distances import sharing
+from metric_kd.distributed import common_draws
 from metric_kd.errors import UserError, one_of
-from metric_kd.losses.term import TERMS, Pair, PairTerm, Stage, Term
+from metric_kd.losses.term import TERMS, Pair, PairTerm, Seen, Stage, Term
 from metric_kd.models.layers import LAYER
 from metric_kd.types import Batch, Output
 
@@ -202,6 +203,16 @@ class Objective(nn.Module):
         return self._needs(self.weights), self._needs(self.weights, teacher=True)
 
     @property
+    def related(self) -> list[str]:
+        """The acting terms that relate samples, and so need those of all processes."""
+        return [key for key in self.acting if self._term(key).relates]
+
+    @property
+    def related_needs(self) -> tuple[tuple[str, ...], tuple[str, ...]]:
+        """(student's, teacher's) fields that those read."""
+        return self._needs(self.related) if self.runs_student else (), self._needs(self.related, teacher=True)
+
+    @property
     def differentiates(self) -> bool:
         """Whether some acting term takes gradients of what the networks give."""
         return any(self._term(key).differentiates for key in self.acting)
@@ -215,35 +226,40 @@ class Objective(nn.Module):
                 term.build(student, teacher if term.reads_teacher else None, num_classes)
 
     def forward(
-        self, student: Output | None, teacher: Output | None, batch: Batch, pair: Pair | None = None
+        self,
+        student: Output | None,
+        teacher: Output | None,
+        batch: Batch,
+        pair: Pair | None = None,
+        whole: Seen | None = None,
     ) -> tuple[Tensor, dict[str, Tensor]]:
         """(weighted sum, {term: unweighted value, detached}); both stay on the device.
 
-        ``pair``: for terms that see both networks, otherwise not needed.
+        ``pair``: for terms that see both networks, otherwise not needed. ``whole``: what terms that relate samples see
+        instead, where this process has a share of the batch only.
         """
         values: dict[str, Tensor] = {}
-        acting = self.acting
+        acting, share = self.acting, Seen(student, teacher, batch, pair)
         with sharing():
-            for key in acting:
-                value = self._value(key, student, teacher, batch, pair)
-                if not isinstance(value, Tensor) or value.ndim:
-                    raise UserError(f"loss {key!r} must return a scalar tensor; average over the batch in its forward.")
-                values[key] = value
+            if whole is not None:
+                with common_draws(batch.labels.device):
+                    values = {key: self._value(key, whole) for key in self.related}
+            values |= {key: self._value(key, share) for key in acting if key not in values}
         total = torch.stack([weight * values[key] for key, weight in acting.items()]).sum()
         resting = torch.zeros_like(total.detach())
         return total, {key: values[key].detach() if key in values else resting for key in self.names}
 
-    def _value(
-        self, key: str, student: Output | None, teacher: Output | None, batch: Batch, pair: Pair | None
-    ) -> Tensor:
+    def _value(self, key: str, seen: Seen) -> Tensor:
         term = self._term(key)
-        theirs = teacher if term.reads_teacher else None
+        theirs = seen.teacher if term.reads_teacher else None
         if self.stage is not None:
-            return term.stage_forward(self.stage[1].name, student, theirs, batch)
-        if isinstance(term, PairTerm):
-            value: Tensor = term(_the_pair(key, pair))
+            value = term.stage_forward(self.stage[1].name, seen.student, theirs, seen.batch)
+        elif isinstance(term, PairTerm):
+            value = term(_the_pair(key, seen.pair))
         else:
-            value = term(student, theirs, batch)
+            value = term(seen.student, theirs, seen.batch)
+        if not isinstance(value, Tensor) or value.ndim:
+            raise UserError(f"loss {key!r} must return a scalar tensor; average over the batch in its forward.")
         return value
 
     def _needs(self, keys: Iterable[str], teacher: bool = False) -> tuple[str, ...]:

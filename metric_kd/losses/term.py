@@ -53,8 +53,12 @@ class Term(nn.Module):
     """Options that do without a field that a network cannot give, for the sentence that refuses it."""
     same_images: ClassVar[bool] = False
     """True for a term that compares the networks pixel by pixel, so that both must see the same images."""
+    relates: ClassVar[bool] = False
+    """Whether the value depends on how the samples of a batch lie to each other, or on what was remembered of all samples.
+    Where several processes share a batch, such a term is handed all of it (outputs, labels, indices, views; no images) and
+    the same random numbers on each process, so that none knows of the others; the others terms see their process's share."""
     one_process: ClassVar[bool] = False
-    """True for a term whose state depends on every image that was seen, so that several processes would differ."""
+    """True for a term that several processes cannot compute; most that could not otherwise can with ``relates``."""
     learning_rate: float | None = None
     """Learning rate of the term's own parameters where it differs from the run's; it falls as the run's does."""
 
@@ -104,6 +108,15 @@ class Pair(NamedTuple):
     student_output: Output
     teacher_output: Output
     batch: Batch
+
+
+class Seen(NamedTuple):
+    """What a term sees of one step, of a process's share of the batch or of all of it; pair: for a :class:`PairTerm`."""
+
+    student: Output | None
+    teacher: Output | None
+    batch: Batch
+    pair: Pair | None = None
 
 
 class PairTerm(Term):

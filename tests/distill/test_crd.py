@@ -283,7 +283,7 @@ def test_no_gradient_reaches_the_teacher_and_the_class_is_declared():
     term, pair = built(random(3, 3, dtype=torch.float32).requires_grad_(), teacher, torch.arange(3))
     term(pair).backward()
     assert teacher.grad is None and term.teacher_layer.weight.grad.abs().sum() > 0
-    assert term.one_process and TERMS["crd"]().negatives == 16384
+    assert term.relates and TERMS["crd"]().negatives == 16384
 
 
 def test_bad_input():

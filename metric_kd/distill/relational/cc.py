@@ -56,6 +56,7 @@ class CC(Term):
     """
 
     reads_teacher = True
+    relates = True
     family = "relational"
     cost = "N^2 D"
     default_weight = 100.0

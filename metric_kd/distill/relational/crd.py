@@ -216,6 +216,8 @@ class CRD(PairTerm):
     ``mode`` ``exact``: the positive is the image itself, ``relax``: any image of its class. Memories and log Z are in the
     checkpoint. Default weight 0.8: the KD Zoo's for CIFAR-100. Raises ``UserError`` for options out of range.
 
+    Where processes share a batch, every one of them remembers all of it, in the same order, so that their memories agree.
+
     Deviation: rows are not drawn by the data set but by the term, on its device.
     """
 
@@ -224,7 +226,7 @@ class CRD(PairTerm):
     cost = "N M D"
     default_weight = 0.8
     paper = "Contrastive Representation Distillation, 2020, arXiv 1910.10699"
-    one_process = True
+    relates = True
 
     student_memory: Tensor
     teacher_memory: Tensor

@@ -204,6 +204,7 @@ class IRG(Term):
     needs: ClassVar[tuple[str, ...]] = ("maps", "embedding", "logits")
     hint = "write irg:1,vertex=0 or irg:1,vertex_on=embedding"
     reads_teacher = True
+    relates = True
     family = "relational"
     cost = "N^2 D"
     default_weight = 1.0

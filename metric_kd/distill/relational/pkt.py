@@ -56,6 +56,7 @@ class PKT(Term):
     """
 
     reads_teacher = True
+    relates = True
     family = "relational"
     cost = "N^2 D"
     default_weight = 10000.0

@@ -24,6 +24,7 @@ class RKD(Term):
     """
 
     reads_teacher = True
+    relates = True
     family = "relational"
     cost = "N^2 D + N^3"
     default_weight = 1.0

@@ -51,6 +51,7 @@ class SP(Term):
 
     needs = ("maps",)
     reads_teacher = True
+    relates = True
     family = "relational"
     cost = "N^2 C H W"
     default_weight = 3000.0
