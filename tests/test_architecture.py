@@ -6,7 +6,7 @@ import sys
 from pathlib import Path
 
 PACKAGE = Path(__file__).resolve().parent.parent / "metric_kd"
-GROUND = {"errors", "types", "registry", "distances", "distributed", "devices", "modes"}
+GROUND = {"errors", "types", "registry", "distances", "distributed", "devices", "modes", "kernels"}
 MAY_IMPORT = {
     "errors": set(),
     "types": set(),
@@ -15,6 +15,7 @@ MAY_IMPORT = {
     "distributed": {"errors"},
     "devices": {"errors", "distributed"},
     "modes": set(),
+    "kernels": {"errors", "distances"},
     "data": GROUND,
     "models": GROUND,
     "losses": GROUND | {"data", "models"},
@@ -55,9 +56,11 @@ def test_imports_run_from_left_to_right():
 
 def test_import_metric_kd_is_light():
     code = (
-        "import sys, metric_kd, metric_kd.functional\n"
+        "import sys, torch, metric_kd, metric_kd.functional\n"
+        "from metric_kd.kernels import described\n"
+        "described(torch.device('cpu'))\n"
         "heavy = {'torchvision', 'faiss', 'matplotlib', 'sklearn', 'h5py', 'scipy', 'jsonargparse',\n"
-        "         'pytorch_metric_learning'} & set(sys.modules)\n"
+        "         'pytorch_metric_learning', 'numba'} & set(sys.modules)\n"
         "assert not heavy, heavy\n"
     )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)

@@ -5,6 +5,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from metric_kd import kernels
 from metric_kd.distances import COINCIDENT, Pairwise, full_precision, paired
 from metric_kd.losses.term import TERMS, Term
 from metric_kd.types import Batch, Output
@@ -21,6 +22,7 @@ def rkd_angle(student: Tensor | Pairwise, teacher: Tensor | Pairwise) -> Tensor:
 
     student (N, D), teacher (N, E), any widths, not normalised here; half types are raised to float32. The gradient goes
     to the student only and can be taken once. N < 3 gives 0. Time is O(N^2 D + N^3), extra memory O(N^2).
+    A compiled kernel does the work where there is one (see ``metric_kd.kernels``): the same formula to rounding.
     Squared distances are computed in float64 and then cast; in float32 the gradient is good to about 1e-7, and to 4e-4
     where two rows are a thousandth of the batch's spread apart.
 
@@ -44,6 +46,7 @@ class RKDAngle(Term):
     """
 
     reads_teacher = True
+    relates = True
     family = "relational"
     cost = "N^2 D + N^3"
     default_weight = 2.0
@@ -71,6 +74,18 @@ class _AngleGap(torch.autograd.Function):
 
 def angle_gap(u: Tensor, v: Tensor, want_gradient: bool = True) -> tuple[Tensor, Tensor | None]:
     """(loss, d loss / d u as a symmetric matrix) from squared distances of the student (u) and the teacher (v), (N, N).
+
+    By a compiled kernel where there is one for such tensors, else by :func:`angle_gap_in_tiles`.
+    """
+    fused = kernels.angle_gap(u, v)
+    if fused is None:
+        return angle_gap_in_tiles(u, v, want_gradient)
+    loss, gradient = fused
+    return loss, gradient if want_gradient else None
+
+
+def angle_gap_in_tiles(u: Tensor, v: Tensor, want_gradient: bool = True) -> tuple[Tensor, Tensor | None]:
+    """:func:`angle_gap` by PyTorch alone, and the formulas of every kernel.
 
     With rho = 1/sqrt(u), 0 for coincident rows (and r, the same of v), the law of cosines gives the angle without D:
 
