@@ -14,6 +14,10 @@ from metric_kd.errors import UserError
 COINCIDENT = 1e-12
 """The squared distance that two different rows have at least; rows at or below it count as one point."""
 
+LARGE, STRIP, NEAR, MOST_NEAR = 512, 256, 0.5, 16
+"""From ``LARGE`` rows on a CPU multiplies float32 rows in float32, ``STRIP`` rows at a time. Pairs whose squared distance
+is below ``NEAR`` of the first row's squared length are corrected, unless there are more than ``MOST_NEAR`` a row."""
+
 OFFSET = 1e-6
 """What ``torch.nn.functional.pairwise_distance`` adds to every coordinate difference."""
 
@@ -40,37 +44,129 @@ def unit_rows(x: Tensor, shortest: float = 1e-6) -> Tensor:
 
 
 class _Squared(torch.autograd.Function):
-    """(N, D) rows to (N, N) squared distances; products in float64, forward and backward."""
+    """(N, D) rows to (N, N) squared distances; one product of that size forward and one backward."""
 
     @staticmethod
     def forward(ctx: Any, x: Tensor) -> Tensor:
-        rows = _centred(x)
-        gram = rows @ rows.T
-        lengths = gram.diagonal().clone()
-        both = lengths[:, None] + lengths[None, :]
-        squared = gram.mul_(-2).add_(both)
-        # What the Gram form cannot tell from zero: a few roundings of the two lengths. NaN compares false and stays.
-        coincident = squared <= both.mul_(8 * torch.finfo(torch.float64).eps).clamp_(min=COINCIDENT)
-        coincident.fill_diagonal_(True)
-        squared.masked_fill_(coincident, COINCIDENT)
-        squared.fill_diagonal_(0.0)
-        ctx.save_for_backward(x, coincident)
-        return squared.to(x.dtype)
+        found = _in_single_precision(x) if _single_precision_serves(x) else None
+        squared, *near = found or (_in_double_precision(x),)
+        ctx.save_for_backward(x, squared, *near)
+        return squared
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> Tensor:
-        x, coincident = ctx.saved_tensors
+        x, squared, *near = ctx.saved_tensors
         with full_precision(x):
-            rows = _centred(x)
-            weight = grads[0].masked_fill(coincident, 0.0).double()
-            weight = weight + weight.T
+            if near:
+                return _pulls_in_single_precision(x, squared, grads[0], *near)
+            weight = grads[0].masked_fill(squared <= COINCIDENT, 0.0).double()  # the diagonal is among them
+            weight = weight + weight.T.contiguous()  # adding the transpose as a view takes several times as long
+            rows = _centred(x.double())
             return (2 * (weight.sum(1, keepdim=True) * rows - weight @ rows)).to(x.dtype)
 
 
+def _in_double_precision(x: Tensor) -> Tensor:
+    rows = _centred(x.double())
+    gram = rows @ rows.T
+    lengths = gram.diagonal().clone()
+    both = lengths[:, None] + lengths[None, :]
+    squared = gram.mul_(-2).add_(both)
+    # What the Gram form cannot tell from zero: a few roundings of the two lengths. NaN compares false and stays.
+    squared.masked_fill_(squared <= both.mul_(8 * torch.finfo(torch.float64).eps).clamp_(min=COINCIDENT), COINCIDENT)
+    return squared.fill_diagonal_(0.0).to(x.dtype)
+
+
+def _in_single_precision(x: Tensor) -> tuple[Tensor, Tensor, Tensor] | None:
+    """(squared distances, first, second): a product in float32, and direct differences for the pairs (first, second)
+    that are so near that it would lose digits; None where these are too many to pay.
+    """
+    rows, n = _centred(x), len(x)
+    lengths = torch.linalg.vector_norm(rows, dim=1).square_()
+    if (lengths <= COINCIDENT / NEAR).any():
+        return None  # below, only pairs that are near can coincide
+    squared, found = x.new_empty(n, n), []
+    for start in range(0, n, STRIP):  # the upper triangle; the lower one is its mirror
+        stop = min(start + STRIP, n)
+        strip = squared[start:stop, start:]
+        torch.addmm(lengths[start:], rows[start:stop], rows[start:].T, alpha=-2, out=strip).add_(
+            lengths[start:stop, None]
+        )
+        corner = strip[:, : stop - start]
+        corner.copy_(corner.triu() + corner.triu(1).T)
+        squared[stop:, start:stop] = strip[:, stop - start :].T
+        near = (strip <= NEAR * lengths[start:stop, None]).nonzero() + start
+        found.append(near[near[:, 0] < near[:, 1]])
+    first, second = torch.cat(found).unbind(1)
+    if len(first) > MOST_NEAR * n:
+        return None
+    parts = zip(first.split(STRIP), second.split(STRIP), strict=True)
+    exact = torch.cat([(x[i] - x[j]).square().sum(1) for i, j in parts]).clamp_(min=COINCIDENT)
+    squared[first, second] = exact
+    squared[second, first] = exact
+    return squared.fill_diagonal_(0.0), first, second
+
+
+def _pulls_in_single_precision(x: Tensor, squared: Tensor, grad: Tensor, first: Tensor, second: Tensor) -> Tensor:
+    """Backward of :func:`_in_single_precision`: what it corrected is again taken from direct differences."""
+    weight = grad.T.clone(memory_format=torch.contiguous_format).add_(grad).fill_diagonal_(0.0)
+    near = weight[first, second].masked_fill(squared[first, second] <= COINCIDENT, 0.0)
+    weight[first, second] = 0.0
+    weight[second, first] = 0.0
+    rows = _centred(x)
+    far = torch.addmm(rows * (2 * weight.sum(1, keepdim=True)), weight, rows, alpha=-2)
+    pulls = 2 * near[:, None] * (x[first] - x[second])
+    return far.index_add_(0, first, pulls).index_add_(0, second, pulls, alpha=-1)
+
+
+def _single_precision_serves(x: Tensor) -> bool:
+    """Whether float32 products are worth their care: many rows, on a CPU, whose matrix products are not lowered."""
+    return x.dtype == torch.float32 and x.device.type == "cpu" and len(x) >= LARGE and not _products_are_lowered()
+
+
+def _products_are_lowered() -> bool:
+    onednn = getattr(torch.backends.mkldnn, "matmul", None)
+    if onednn is None:  # before torch 2.9
+        return torch.get_float32_matmul_precision() != "highest"
+    return onednn.fp32_precision not in ("none", "ieee")
+
+
 def _centred(x: Tensor) -> Tensor:
-    """Rows in float64 minus their mean: distances do not change, cancellation in the Gram form goes away."""
-    rows = x.double()
-    return rows - rows.mean(0, keepdim=True)
+    """Rows minus their mean: distances do not change, cancellation in the Gram form goes away."""
+    return x - x.mean(0, keepdim=True)
+
+
+class _Root(torch.autograd.Function):
+    """Square roots with a slope of zero at zero, where the diagonal is."""
+
+    @staticmethod
+    def forward(ctx: Any, squared: Tensor) -> Tensor:
+        root = squared.sqrt()
+        ctx.save_for_backward(root)
+        return root
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> Tensor:
+        (root,) = ctx.saved_tensors
+        zero = root == 0
+        return (grads[0] / (2 * root.masked_fill(zero, 1.0))).masked_fill(zero, 0.0)
+
+
+class _OffsetRoot(torch.autograd.Function):
+    """|x_i - x_j + 1e-6|_2 from the squared distances and the rows' sums over their D coordinates."""
+
+    @staticmethod
+    def forward(ctx: Any, squared: Tensor, sums: Tensor, width: int) -> Tensor:
+        shift = (2 * OFFSET) * (sums[:, None] - sums[None, :]) + width * OFFSET**2
+        root = shift.add_(squared).clamp_(min=OFFSET**2 / 100).sqrt_()
+        ctx.save_for_backward(root)
+        return root
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, Tensor, None]:
+        (root,) = ctx.saved_tensors
+        slope = grads[0] / (2 * root)
+        slope = slope.masked_fill(root <= OFFSET / 10, 0.0)
+        return slope, (2 * OFFSET) * (slope.sum(1) - slope.sum(0)), None
 
 
 class Pairwise:
@@ -117,9 +213,7 @@ class Pairwise:
     def distances(self) -> Tensor:
         """(N, N) Euclidean distances."""
         with torch.set_grad_enabled(self._grad):
-            own = torch.eye(len(self), dtype=torch.bool, device=self.x.device)
-            # The root of the diagonal would have an infinite slope: take it of one, and put the zeros back.
-            return (self.squared + own).sqrt().masked_fill(own, 0.0)
+            return _Root.apply(self.squared)  # type: ignore[no-any-return, no-untyped-call]
 
     @cached_property
     def gram(self) -> Tensor:
@@ -135,9 +229,7 @@ class Pairwise:
         with torch.set_grad_enabled(self._grad), full_precision(self.x):
             if p == 1:
                 return torch.cdist(self.x + OFFSET, self.x, p=1.0)
-            sums = self.x.sum(1)
-            shift = (2 * OFFSET) * (sums[:, None] - sums[None, :]) + self.x.shape[1] * OFFSET**2
-            return (self.squared + shift).clamp(min=OFFSET**2 / 100).sqrt()
+            return _OffsetRoot.apply(self.squared, self.x.sum(1), self.x.shape[1])  # type: ignore[no-any-return, no-untyped-call]
 
 
 def paired(student: Tensor | Pairwise, teacher: Tensor | Pairwise) -> tuple[Pairwise, Pairwise]:

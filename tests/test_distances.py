@@ -4,7 +4,8 @@ from pinned import assert_close, case
 from torch.autograd import gradcheck, gradgradcheck
 from torch.nn.functional import pairwise_distance
 
-from metric_kd.distances import Pairwise, paired, sharing, unit_rows
+from metric_kd import distances as distances_module
+from metric_kd.distances import COINCIDENT, Pairwise, paired, sharing, unit_rows
 from metric_kd.errors import UserError
 
 
@@ -33,6 +34,93 @@ def test_offset_distances_are_those_of_torch(p):
     expected = torch.stack([pairwise_distance(x[i : i + 1], x, p=p) for i in range(len(x))])
     assert_close(Pairwise(x).offset_distances(p), expected, 1e-12)
     assert gradcheck(lambda x: Pairwise(x).offset_distances(p), x.requires_grad_())
+    assert p == 1 or gradgradcheck(lambda x: Pairwise(x).offset_distances(p), x)
+
+
+@pytest.fixture
+def large(monkeypatch):
+    """Batches of any size count as large, in strips that do not divide them."""
+    monkeypatch.setattr(distances_module, "LARGE", 2)
+    monkeypatch.setattr(distances_module, "STRIP", 7)
+
+
+def value_and_gradient(x, weight, dtype):
+    x = x.detach().to(dtype, copy=True).requires_grad_()
+    squared = Pairwise(x).squared
+    squared.backward(weight.to(dtype))
+    return squared.detach().double(), x.grad.double()
+
+
+@pytest.mark.parametrize("gap, offset", [(1.0, 0.0), (1e-3, 0.0), (1e-5, 0.0), (0.0, 0.0), (1e-3, 100.0)])
+def test_float32_products_of_large_batches_lose_no_digits(gap, offset, large, monkeypatch):
+    x = rows(40, 64, torch.float32)
+    x[3] = x[8] + gap * x[4]
+    x[20:24] = x[16:20] + gap * x[30:34]
+    x += offset
+    # An upstream gradient as that of distances, 1/d, so that the near pairs weigh most; not symmetric.
+    exact = torch.cdist(x.double(), x.double(), compute_mode="donot_use_mm_for_euclid_dist")
+    weight = rows(40, 40, seed=1) / exact.clamp(min=1e-6).fill_diagonal_(1.0)
+    squared, gradient = value_and_gradient(x, weight, torch.float32)
+    true = exact.square().clamp(min=COINCIDENT).fill_diagonal_(0.0)
+    assert ((squared - true).abs() / true.clamp(min=COINCIDENT)).max() < 2e-6
+    assert torch.equal(squared, squared.T)
+    monkeypatch.setattr(distances_module, "LARGE", 1000)
+    expected = value_and_gradient(x, weight, torch.float64)[1]
+    assert_close(gradient, expected, 2e-5)
+
+
+def test_float32_products_are_taken_where_they_serve(large, monkeypatch):
+    calls = []
+    real = distances_module._in_single_precision
+    monkeypatch.setattr(distances_module, "_in_single_precision", lambda x: calls.append(real(x)) or calls[-1])
+
+    def taken(x):
+        calls.clear()
+        Pairwise(x).squared  # noqa: B018
+        return calls
+
+    spread = rows(40, 8, torch.float32)
+    assert taken(spread)[0] is not None
+    assert not taken(spread.double()) and not taken(spread[:1])
+    monkeypatch.setattr(distances_module, "MOST_NEAR", 1)
+    for crowded in (spread * 1e-7, torch.ones(40, 8), spread[:2].repeat(20, 1) + 1e-3 * spread):
+        (found,) = taken(crowded)
+        assert found is None and torch.equal(Pairwise(crowded).squared, Pairwise(crowded.double()).squared.float())
+
+
+def test_lowered_matmul_precision_does_not_reach_the_distances(large):
+    x = rows(40, 8, torch.float32)
+    expected = Pairwise(x.double()).squared.float()
+    try:
+        torch.set_float32_matmul_precision("medium")
+        assert torch.equal(Pairwise(x).squared, expected)
+    finally:
+        torch.set_float32_matmul_precision("highest")
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+def test_large_batches_under_autocast_and_with_nan(large, dtype):
+    x = rows(40, 8, dtype).requires_grad_()
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        inside = Pairwise(x).distances
+        inside.sum().backward()
+    outside = Pairwise(x.detach().double()).distances.float()
+    assert inside.dtype == torch.float32 and x.grad.dtype == dtype
+    assert_close(inside, outside, 1e-6)
+    with torch.no_grad():
+        x[5, 0] = float("nan")
+    assert Pairwise(x).distances[5, 6].isnan()
+
+
+def test_large_batches_can_be_differentiated_twice(large):
+    x, weight = rows(30, 8), rows(30, 30, seed=1).square()
+
+    def second(x):
+        x = x.clone().requires_grad_()
+        (first,) = torch.autograd.grad((weight.to(x) * Pairwise(x).squared.square()).sum(), x, create_graph=True)
+        return torch.autograd.grad(first.square().sum(), x)[0]
+
+    assert_close(second(x.float()).double(), second(x), 1e-5)
 
 
 def test_float32_far_from_the_origin_is_as_accurate_as_its_rows():

@@ -4,7 +4,7 @@ import torch
 from torch import Tensor
 
 from metric_kd.distances import Pairwise
-from metric_kd.losses.samplers import Triplets
+from metric_kd.losses.samplers import Triplets, masks
 from metric_kd.losses.term import TERMS
 from metric_kd.losses.triplet import TripletTerm
 
@@ -29,6 +29,23 @@ def contrastive(
     return torch.cat((near.square(), (margin - far).clamp(min=0.0).square())).mean()
 
 
+def contrastive_all(embeddings: Tensor | Pairwise, labels: Tensor, margin: float = 0.2) -> Tensor:
+    """:func:`contrastive` over every triplet of the batch, which the sampler ``all`` lists, without listing them.
+
+    A positive pair (a, p) counts once for each negative of a, and (a, n) once for each positive of a: every pair has a
+    count, and nothing larger than N x N is made. labels (N,); ``UserError`` unless there is one for each embedding.
+    """
+    pairs = Pairwise.of(embeddings)
+    positives, negatives = masks(pairs, labels)
+    if not positives.any():
+        return pairs.x.sum() * 0.0
+    distances = pairs.offset_distances()
+    near = distances.square().masked_fill(~positives, 0.0).sum(1)
+    far = (margin - distances).clamp(min=0.0).square().masked_fill(~negatives, 0.0).sum(1)
+    near_count, far_count = positives.sum(1), negatives.sum(1)
+    return (near * far_count + far * near_count).sum() / (2 * (near_count * far_count).sum())
+
+
 @TERMS.register("contrastive")
 class Contrastive(TripletTerm):
     """:func:`contrastive` over sampled triplets."""
@@ -37,3 +54,6 @@ class Contrastive(TripletTerm):
 
     def over(self, pairs: Pairwise, triplets: Triplets) -> Tensor:
         return contrastive(pairs, *triplets, margin=self.margin)
+
+    def over_all(self, pairs: Pairwise, labels: Tensor) -> Tensor:
+        return contrastive_all(pairs, labels, self.margin)

@@ -26,21 +26,26 @@ class Triplets(NamedTuple):
     negative: Tensor
 
 
+def masks(pairs: Pairwise, labels: Tensor) -> tuple[Tensor, Tensor]:
+    """(N, N) bool: the positive pairs of anchors that have a negative, and the negative pairs.
+
+    Raises ``UserError`` unless there is one label for each embedding.
+    """
+    if labels.shape != (len(pairs),):
+        raise UserError(f"a sampler needs one label per embedding; got {tuple(labels.shape)} for {len(pairs)} rows.")
+    same = labels[:, None] == labels[None, :]
+    negatives = ~same
+    return same.fill_diagonal_(False) & negatives.any(1, keepdim=True), negatives
+
+
 class TripletSampler:
     """Base: finds the positive pairs and lets :meth:`choose` pick one negative for each."""
 
     def __call__(self, embeddings: Tensor | Pairwise, labels: Tensor) -> Triplets:
         """Raises ``UserError`` unless there is one label for each embedding."""
         pairs = Pairwise.of(embeddings)
-        if labels.shape != (len(pairs),):
-            raise UserError(
-                f"a sampler needs one label per embedding; got {tuple(labels.shape)} for {len(pairs)} rows."
-            )
         with torch.no_grad():
-            same = labels[:, None] == labels[None, :]
-            positives = same & ~torch.eye(len(pairs), dtype=torch.bool, device=same.device)
-            negatives = ~same
-            positives &= negatives.any(1, keepdim=True)
+            positives, negatives = masks(pairs, labels)
             anchor, positive = positives.nonzero().unbind(1)
             if not len(anchor):
                 return Triplets(anchor, positive, anchor.clone())
@@ -73,12 +78,9 @@ class AllPairs(TripletSampler):
     """Every positive pair with every negative of its anchor, negatives ascending innermost."""
 
     def choose(self, pairs: Pairwise, negatives: Tensor, anchor: Tensor, positive: Tensor) -> Triplets:
-        lists = _NegativeLists.of(negatives)
-        count = lists.length[anchor]
-        first = lists.start[anchor] - (count.cumsum(0) - count)
-        pair = torch.repeat_interleave(count)
-        place = first[pair] + torch.arange(len(pair), device=pair.device)
-        return Triplets(anchor[pair], positive[pair], lists.columns[place])
+        pair, negative = negatives.index_select(0, anchor).nonzero().unbind(1)
+        # index_select takes half of the time of indexing.
+        return Triplets(anchor.index_select(0, pair), positive.index_select(0, pair), negative.contiguous())
 
 
 @SAMPLERS.register("random")
@@ -126,6 +128,16 @@ class SemiHardNegative(TripletSampler):
         return Triplets(anchor, positive, negative[anchor, positive])
 
 
+FARTHEST = 4.0
+"""The largest squared distance of two unit rows; rows that are not finite count as so far."""
+
+BELOW_ANY = 1e9
+"""What is taken from the log weights of pairs that may not be drawn, so that the maximum passes over them."""
+
+LEAST_EXPONENT = -80.0
+"""exp of it, 2e-35, is as good as never; numbers below 1e-38 are slow to compute with."""
+
+
 @SAMPLERS.register("distance")
 class DistanceWeighted(TripletSampler):
     """Every positive pair with a negative drawn so that distances up to a cut-off come up about equally often.
@@ -155,23 +167,28 @@ class DistanceWeighted(TripletSampler):
             return self._weights(Pairwise.of(embeddings), labels[:, None] != labels[None, :])
 
     def _weights(self, pairs: Pairwise, negatives: Tensor) -> Tensor:
+        # Masks are numbers here: selecting by a mask without pattern costs a CPU ten times as much as multiplying.
         width = pairs.x.shape[1]
-        distances = Pairwise(unit_rows(pairs.x.detach())).distances.fill_diagonal_(1.0).clamp_(min=self.cut_off)
+        squared = Pairwise(unit_rows(pairs.x.detach())).squared.fill_diagonal_(1.0)
+        squared.nan_to_num_(nan=FARTHEST).clamp_(min=self.cut_off**2)
         # Antipodal rows have 1 - d^2/4 = 0 or, rounded, less.
-        cap = (1 - distances.square() / 4).clamp_(min=1e-8)
-        log_weights = (2.0 - width) * distances.log() - (width - 3) / 2 * cap.log()
-        valid = negatives & (distances < self.nonzero_loss_cutoff)
-        compared = log_weights if self.reference_maximum else log_weights.masked_fill(~valid, -float("inf"))
-        top = compared.amax(1, keepdim=True).nan_to_num(neginf=0.0)
-        weights = (log_weights - top).masked_fill(~valid, -float("inf")).exp().nan_to_num(nan=0.0)
-        total = weights.sum(1, keepdim=True)
-        weights = torch.where(total > 0, weights, negatives.to(weights))
-        return weights / weights.sum(1, keepdim=True).clamp(min=torch.finfo(weights.dtype).tiny)
+        cap = (1 - squared / 4).clamp_(min=1e-8)
+        log_weights = squared.log().mul_((2 - width) / 2).sub_(cap.log_(), alpha=(width - 3) / 2)
+        negative = negatives.to(squared)
+        valid = torch.lt(squared, self.nonzero_loss_cutoff**2, out=squared).mul_(negative)
+        if self.reference_maximum:
+            exponents = log_weights - log_weights.amax(1, keepdim=True)
+        else:
+            top = torch.sub(valid, 1).mul_(BELOW_ANY).add_(log_weights).amax(1, keepdim=True)
+            exponents = (log_weights - top).clamp_(min=LEAST_EXPONENT, max=0.0)
+        weights = exponents.exp_().mul_(valid)
+        weights.addcmul_(negative, (weights.sum(1, keepdim=True) <= 0).to(weights))
+        return weights.div_(weights.sum(1, keepdim=True).clamp_(min=torch.finfo(weights.dtype).tiny))
 
     def choose(self, pairs: Pairwise, negatives: Tensor, anchor: Tensor, positive: Tensor) -> Triplets:
         n = len(pairs)
         # One increasing sequence for the whole batch: row i climbs from i to i + 1, so one search serves every pair.
-        climb = self._weights(pairs, negatives).double().cumsum(1).clamp_(max=1.0)
+        climb = self._weights(pairs, negatives).cumsum(1, dtype=torch.float64).clamp_(max=1.0)
         offset = torch.arange(n, device=climb.device)
         sequence = (climb + offset[:, None]).flatten()
         last = torch.searchsorted(sequence, climb[:, -1] + offset)  # the row's last column that has weight

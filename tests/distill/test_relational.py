@@ -3,13 +3,17 @@ import pytest
 import torch
 from pinned import assert_close, case
 from torch.autograd import gradcheck
+from torch.nn.functional import smooth_l1_loss
 from torch.utils._python_dispatch import TorchDispatchMode
 
+from metric_kd import distances as distances_module
 from metric_kd.distances import Pairwise, sharing
 from metric_kd.distill.relational import rkd_angle as angle_module
+from metric_kd.distill.relational import rkd_distance as distance_module
 from metric_kd.errors import UserError
-from metric_kd.functional import dark_rank, rkd_angle, rkd_distance
+from metric_kd.functional import dark_rank, irg_edge, rkd_angle, rkd_distance
 from metric_kd.losses.term import TERMS
+from metric_kd.losses.triplet import l2_triplet_all
 from metric_kd.types import Batch, Output
 
 LOSSES = {"rkd_distance": rkd_distance, "rkd_angle": rkd_angle, "dark_rank": dark_rank}
@@ -29,6 +33,7 @@ def run(loss, student, teacher, **options):
 @pytest.fixture(params=[2**17, 40, 7, 1])
 def tile(request, monkeypatch):
     """Angle tiles of several sizes: the whole batch, some anchors, part of one anchor, one row."""
+    monkeypatch.setenv("METRIC_KD_KERNELS", "off")
     monkeypatch.setitem(angle_module.TILE, "cpu", request.param)
 
 
@@ -83,6 +88,86 @@ def test_distance_oracle(n):
     assert_close(rkd_distance(student, teacher), oracles.rkd_distance(student, teacher)) if n > 2 else None
     value, gradient = run(rkd_distance, student, teacher)
     assert n > 2 or (value.abs() < 1e-15 and gradient.abs().max() < 1e-15)  # two rows always agree
+
+
+def distance_by_autograd(student, teacher):
+    """The loss as it is written, differentiated step by step."""
+    ours, theirs = Pairwise(student).distances, Pairwise(teacher).distances
+    pairs = len(ours) ** 2 - len(ours)
+    return smooth_l1_loss(ours / (ours.sum() / pairs), theirs / (theirs.sum() / pairs))
+
+
+def dark_rank_by_autograd(student, teacher):
+    nearest = Pairwise(teacher).distances.clone().fill_diagonal_(float("inf")).topk(4, 1, largest=False).indices
+    scores = -2.0 * Pairwise(student).distances.gather(1, nearest).pow(3.0)
+    return (scores.flip(1).logcumsumexp(1).flip(1) - scores).sum(1).mean()
+
+
+@pytest.mark.parametrize("alike", ["nothing", "in both", "in the student", "in the teacher"])
+@pytest.mark.parametrize("spread", [1.0, 30.0])
+@pytest.mark.parametrize(
+    "loss, by_autograd", [(rkd_distance, distance_by_autograd), (dark_rank, dark_rank_by_autograd)]
+)
+def test_closed_gradients_are_those_of_autograd(loss, by_autograd, alike, spread):
+    student, teacher = rows(23, 4), rows(23, 6, seed=1)
+    teacher[-3:] *= spread  # gaps above one: the linear part of the Huber function
+    if alike in ("in both", "in the student"):
+        student[3] = student[8]
+    if alike in ("in both", "in the teacher"):
+        teacher[3] = teacher[8]
+    (value, gradient), (expected, expected_gradient) = (run(f, student, teacher) for f in (loss, by_autograd))
+    assert_close(value, expected, 1e-12)
+    assert_close(gradient, expected_gradient, 1e-12)
+
+
+@pytest.mark.parametrize("size", [1, 40, 2**17])
+def test_distance_in_tiles(size, monkeypatch):
+    monkeypatch.setattr(distance_module, "TILE", size)
+    student, teacher = rows(9, 4), rows(9, 6, seed=1)
+    for ours, expected in zip(*(run(f, student, teacher) for f in (rkd_distance, distance_by_autograd)), strict=True):
+        assert_close(ours, expected, 1e-12)
+
+
+@pytest.mark.parametrize(
+    "loss, by_autograd", [(rkd_distance, distance_by_autograd), (dark_rank, dark_rank_by_autograd)]
+)
+def test_large_batches_in_float32_keep_their_digits(loss, by_autograd, monkeypatch):
+    monkeypatch.setattr(distances_module, "LARGE", 16)
+    monkeypatch.setattr(distances_module, "STRIP", 24)
+    student, teacher = rows(60, 16) / 4, rows(60, 24, seed=1)  # lengths about 1: DarkRank cubes distances
+    student[3], student[20:24] = student[8], student[30:34] + 1e-3 * student[40:44]
+    student, teacher = student.float(), teacher.float()
+    assert distances_module._in_single_precision(student) is not None
+    (value, gradient), (expected, expected_gradient) = (
+        run(loss, student, teacher),
+        run(by_autograd, student.double(), teacher.double()),
+    )
+    assert_close(value.double(), expected, 1e-6)
+    assert_close(gradient.double(), expected_gradient, 1e-5)
+
+
+class MatrixProducts(TorchDispatchMode):
+    """How many matrix products were taken in which more than ``n``^2 multiplications meet."""
+
+    n, count = 0, 0
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        if func.overloadpacket in (torch.ops.aten.mm, torch.ops.aten.addmm):
+            a, b = args[-2:]
+            self.count += a.shape[0] * a.shape[1] * b.shape[1] > self.n**2
+        return func(*args, **(kwargs or {}))
+
+
+def test_losses_that_share_distances_take_three_products_in_all():
+    """One for each network's distances, and one for the gradient of all losses together."""
+    student, teacher, labels = rows(16, 40).requires_grad_(), rows(16, 50, seed=1), torch.arange(16) // 4
+    losses = (rkd_distance, rkd_angle, dark_rank, irg_edge, lambda s, t: l2_triplet_all(s, labels))
+    separately = sum(torch.autograd.grad(loss(student, teacher), student)[0] for loss in losses)
+    with MatrixProducts() as products, sharing():
+        products.n = 16
+        sum(loss(student, teacher) for loss in losses).backward()
+    assert products.count == 3
+    assert_close(student.grad, separately, 1e-12)
 
 
 @pytest.mark.parametrize("n, list_length", [(3, 4), (4, 4), (9, 4), (9, 2), (9, 20)])
@@ -191,6 +276,7 @@ class LargestTensor(TorchDispatchMode):
 
 
 def test_angle_makes_no_large_tensor(monkeypatch):
+    monkeypatch.setenv("METRIC_KD_KERNELS", "off")
     monkeypatch.setitem(angle_module.TILE, "cpu", 2**10)
     student, teacher = rows(48, 32), rows(48, 32, seed=1)
     with LargestTensor() as ours:

@@ -5,6 +5,7 @@ import pytest
 import torch
 from pinned import assert_close, case
 
+from metric_kd.distances import Pairwise, unit_rows
 from metric_kd.errors import UserError
 from metric_kd.losses.samplers import (
     SAMPLERS,
@@ -60,6 +61,41 @@ def test_oracles(seed):
     x[5] = x[2]
     expected = torch.tensor(oracles.distance_weights(x, labels.tolist()), dtype=torch.float64)
     assert_close(DistanceWeighted().weights(x, labels), expected, 1e-8)
+
+
+def weights_with_masks(x, labels, reference_maximum):
+    """The weights as they are written: selections by masks, distances instead of their squares."""
+    n, width = x.shape
+    distances = (Pairwise(unit_rows(x)).distances + torch.eye(n)).clamp(min=0.5)
+    negatives = labels[:, None] != labels[None, :]
+    log_weights = (2.0 - width) * distances.log() - (width - 3) / 2 * (1 - distances**2 / 4).clamp(min=1e-8).log()
+    valid = negatives & (distances < 1.4)
+    never = -float("inf")
+    top = (log_weights if reference_maximum else log_weights.masked_fill(~valid, never)).amax(1, keepdim=True)
+    weights = (log_weights - top.nan_to_num(neginf=0.0)).masked_fill(~valid, never).exp()
+    weights = torch.where(weights.sum(1, keepdim=True) > 0, weights, negatives.to(weights))
+    return weights / weights.sum(1, keepdim=True).clamp(min=1e-300)
+
+
+@pytest.mark.parametrize("reference_maximum", [False, True])
+@pytest.mark.parametrize("width", [1, 2, 3, 16, 512])
+def test_weights_are_those_of_the_masked_form(width, reference_maximum):
+    x, labels = rows(24, width), torch.arange(24) % 5
+    x[3], x[9] = x[4], -x[4]
+    x[:12] += 2 * x[:1]  # near one another
+    x[20] = 0
+    expected = weights_with_masks(x, labels, reference_maximum)
+    assert_close(DistanceWeighted(reference_maximum=reference_maximum).weights(x, labels), expected)
+    one_class = DistanceWeighted(reference_maximum=reference_maximum).weights(x, torch.zeros(24))
+    assert (one_class == 0).all()
+
+
+@pytest.mark.parametrize("reference_maximum", [False, True])
+def test_where_embeddings_are_not_finite_every_negative_is_as_likely(reference_maximum):
+    x, labels = rows(12, 8), torch.arange(12) % 3
+    x[5, 2] = float("nan")
+    weights = DistanceWeighted(reference_maximum=reference_maximum).weights(x, labels)
+    assert_close(weights, (labels[:, None] != labels[None, :]).double() / 8)
 
 
 BAD_BATCHES = {

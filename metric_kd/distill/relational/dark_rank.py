@@ -34,10 +34,10 @@ def dark_rank(
     if length < 2:
         return student.x.sum() * 0.0
     with full_precision(student.x), torch.no_grad():
-        apart = teacher.distances.detach().clone().fill_diagonal_(float("inf"))
+        apart = teacher.squared.detach().clone().fill_diagonal_(float("inf"))
         nearest = apart.topk(length, dim=1, largest=False).indices
     with full_precision(student.x):
-        scores = -alpha * student.distances.gather(1, nearest).pow(beta)
+        scores = -alpha * student.squared.gather(1, nearest).pow(beta / 2)
         rest = scores.flip(1).logcumsumexp(1).flip(1)
         return (rest - scores).sum(1).mean()
 
@@ -51,6 +51,7 @@ class DarkRank(Term):
     """
 
     reads_teacher = True
+    relates = True
     family = "relational"
     cost = "N^2 D"
     default_weight = 1.0
