@@ -1,4 +1,4 @@
-"""find_neighbours: exact nearest neighbours in blocks, through faiss where it is installed, else through torch."""
+"""find_neighbours: exact nearest neighbours in blocks: products by torch, distances by faiss where it is installed."""
 
 import functools
 import sys
@@ -9,19 +9,18 @@ import torch
 from torch import Tensor
 
 from metric_kd.errors import UserError, one_of
+from metric_kd.evaluation.tiles import first_search, queries_at_once
 from metric_kd.types import Neighbours
 
-Search = Callable[[Tensor], Tensor]
-"""(B, D) centred queries to (B, M) rows of the gallery, among them the M nearest up to rounding."""
+Distances = Callable[[Tensor, Tensor, Tensor], Tensor]
+"""(B, D) queries, (G, D) gallery and (B, M) rows of it to (B, M) distances, from the differences themselves."""
 
 SPARE = 4
 """Candidates beyond what is asked for: rounding of the first search may swap neighbours at the edge."""
 LARGEST = 1e15
 """Above this the squares of a few thousand numbers leave float32."""
-TILE = 1 << 23
-"""Elements of a distance matrix that the torch back end holds at once (32 MiB)."""
-RESCORE_TILE = 1 << 19
-"""Elements of gathered candidates that are compared at once (2 MiB, so that they stay in the cache)."""
+RESCORE_TILE = 1 << 17
+"""Elements of gathered candidates that torch compares at once (512 KiB, so that they stay in the cache)."""
 
 
 @functools.lru_cache(maxsize=1)
@@ -33,6 +32,15 @@ def _faiss() -> Any:
         import faiss  # after torch, whose import this file begins with: the other order has crashed
     except ImportError:
         return None
+    return faiss
+
+
+def load_faiss() -> Any:
+    """The faiss module, which then uses as many threads as torch. Raises ``UserError`` where it cannot be used."""
+    faiss = _faiss()
+    if faiss is None:
+        raise UserError("faiss cannot be imported here; pip install faiss-cpu, or search with torch.")
+    faiss.omp_set_num_threads(torch.get_num_threads())
     return faiss
 
 
@@ -68,7 +76,7 @@ def find_neighbours(
     gallery_labels: Tensor | None = None,
     query_ids: Tensor | None = None,
     gallery_ids: Tensor | None = None,
-    block: int = 1024,
+    block: int = 2048,
     prefer: str | None = None,
 ) -> Neighbours:
     """The k gallery items of the smallest Euclidean distance to every query, exact, nearest first.
@@ -77,11 +85,12 @@ def find_neighbours(
     with the id of the query is the query itself and is left out, wherever duplicates put it. Without a gallery the ids
     are the rows; with a gallery and no ids nothing is left out. prefer: "faiss" or "torch" instead of ``backend()``.
 
-    Equal distances go to the lower row of the gallery (among more than k + 1 + ``SPARE`` equal ones, to those that the
-    back end met). Memory beyond the embeddings is one centred copy of them and a few blocks of ``block`` queries; there
-    is no Q x G matrix. The first search works on |q|^2 - 2 q.g + |g|^2, which cancels for vectors far from the origin:
-    therefore both sides are moved by the gallery's mean, and the candidates' distances are taken again from the
-    differences of the given vectors, in float32.
+    Equal distances go to the lower row of the gallery (among more than k + 1 + ``SPARE`` equal ones, up to the rounding of
+    the first search). Memory beyond the embeddings and the result is a few tiles (:mod:`metric_kd.evaluation.tiles`):
+    there is no Q x G matrix and no copy of the embeddings. The first search works on |g|^2 - 2 q.g, which cancels for
+    vectors far from the origin: therefore both sides are moved by the gallery's mean, tile by tile, and the candidates'
+    distances are taken again from the differences of the given vectors, in float32: by faiss in place, by torch from
+    gathered copies, which takes longer and may differ in the last digit.
 
     Raises ``UserError`` where an embedding is not finite (or above ``LARGEST``), or k is larger than the gallery (the
     query not counted).
@@ -103,16 +112,18 @@ def find_neighbours(
         raise UserError("two images of the gallery have the same id; give every image an id of its own.")
     check_ks([k], len(gallery) - int(shared))
 
-    centre = gallery.mean(0, dtype=torch.float64).float()
-    search = _search_with(prefer or backend())(gallery - centre, min(len(gallery), k + int(shared) + SPARE))
+    distances_of = _distances_by(prefer or backend())
+    count = min(len(gallery), k + int(shared) + SPARE)
+    block = queries_at_once(block, len(query), count)
+    search = first_search(gallery, count, block)
     rows, distances = torch.empty(len(query), k, dtype=torch.int64), torch.empty(len(query), k)
     for start in range(0, len(query), block):
         part = slice(start, start + block)
-        near = search(query[part] - centre).sort(1).values  # by row, so that the stable sort below settles ties by row
-        far = _distances(query[part], gallery, near)
+        near = search(query[part])  # by row, so that the stable sort below settles ties by row
+        far = distances_of(query[part], gallery, near)
         far.masked_fill_(gallery_ids[near] == query_ids[part, None], torch.inf)
         far, order = far.sort(dim=1, stable=True)
-        rows[part], distances[part] = near.gather(1, order)[:, :k], far[:, :k]
+        rows[part], distances[part] = near.gather(1, order[:, :k]), far[:, :k]
     return Neighbours(rows, distances, query_labels, gallery_labels)
 
 
@@ -145,44 +156,29 @@ def check_shapes(query: Tensor, gallery: Tensor, of_query: tuple[Tensor, ...], o
             raise ValueError("labels and ids have one entry per embedding.")
 
 
-def _search_with(name: str) -> Callable[[Tensor, int], Search]:
-    searches = {"faiss": _faiss_search, "torch": _torch_search}
-    if name not in searches:
-        raise one_of("search back end", name, list(searches))
-    return searches[name]
+def _distances_by(name: str) -> Distances:
+    ways = {"faiss": _faiss_distances, "torch": _torch_distances}
+    if name not in ways:
+        raise one_of("search back end", name, list(ways))
+    if name == "faiss":
+        load_faiss()
+    return ways[name]
 
 
-def _faiss_search(gallery: Tensor, count: int) -> Search:
-    faiss = _faiss()
-    if faiss is None:
-        raise UserError("faiss cannot be imported here; pip install faiss-cpu, or search with torch.")
-    faiss.omp_set_num_threads(torch.get_num_threads())
-    base = gallery.numpy()
-    return lambda queries: torch.from_numpy(faiss.knn(queries.numpy(), base, count)[1])
+def _faiss_distances(query: Tensor, gallery: Tensor, rows: Tensor) -> Tensor:
+    faiss = load_faiss()
+    far = torch.empty(rows.shape)
+    arrays = [x.contiguous().numpy() for x in (far, query, gallery, rows)]
+    faiss.fvec_L2sqr_by_idx(*map(faiss.swig_ptr, arrays), query.shape[1], *rows.shape)
+    return far.sqrt_()
 
 
-def _torch_search(gallery: Tensor, count: int) -> Search:
-    squares = gallery.square().sum(1)
-    rows = max(1, TILE // len(gallery))
-
-    def nearest(queries: Tensor) -> Tensor:
-        far = torch.addmm(squares, queries, gallery.T, alpha=-2)  # |q|^2 does not change the order
-        edges, near = far.topk(count, largest=False, sorted=True)
-        edge = edges[:, -1:]
-        crowded = ((far <= edge).sum(1) > count).nonzero()[:, 0]  # topk chose among equal ones as it liked
-        if len(crowded):
-            far, edge = far[crowded], edge[crowded]
-            ties = far == edge
-            wanted = count - (far < edge).sum(1, keepdim=True)
-            chosen = (far < edge) | (ties & (ties.cumsum(1) <= wanted))
-            near[crowded] = chosen.nonzero()[:, 1].view(-1, count)
-        return near
-
-    return lambda queries: torch.cat([nearest(part) for part in queries.split(rows)])
-
-
-def _distances(query: Tensor, gallery: Tensor, rows: Tensor) -> Tensor:
-    """(B, M) distances between (B, D) queries and the gallery's (B, M) rows, from the differences themselves."""
+def _torch_distances(query: Tensor, gallery: Tensor, rows: Tensor) -> Tensor:
+    far = torch.empty(rows.shape)
     step = max(1, RESCORE_TILE // (rows.shape[1] * gallery.shape[1]))
-    parts = zip(query.split(step), rows.split(step), strict=True)
-    return torch.cat([torch.linalg.vector_norm(gallery[near] - q[:, None], dim=2) for q, near in parts])
+    gathered = torch.empty(step * rows.shape[1], gallery.shape[1])
+    for q, near, out in zip(query.split(step), rows.split(step), far.split(step), strict=True):
+        there = torch.index_select(gallery, 0, near.flatten(), out=gathered[: near.numel()])
+        gaps = there.view(*near.shape, -1).sub_(q[:, None])
+        torch.linalg.vector_norm(gaps, dim=2, out=out)
+    return far

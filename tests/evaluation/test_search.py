@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from metric_kd.errors import UserError
-from metric_kd.evaluation import search
+from metric_kd.evaluation import search, tiles
 from metric_kd.evaluation.search import check_ks, find_neighbours
 
 BACK_ENDS = ["faiss", "torch"]
@@ -114,16 +114,60 @@ def test_close_pairs_far_from_the_mean(prefer):
 
 def test_blocks_and_back_ends_agree(monkeypatch):
     pytest.importorskip("faiss")
-    x, labels = random_set(333, 24)
+    x, labels = random_set(133, 24)
     x[100:110] = x[0]
-    first = find_neighbours(x, k=6, query_labels=labels, prefer="faiss")
-    monkeypatch.setattr(search, "TILE", 1000)  # three queries at a time
+    first = {name: find_neighbours(x, k=6, query_labels=labels, prefer=name) for name in BACK_ENDS}
+    assert torch.equal(first["faiss"].indices, first["torch"].indices)
+    torch.testing.assert_close(first["faiss"].distances, first["torch"].distances, rtol=3e-7, atol=0)  # order of sums
+    monkeypatch.setattr(tiles, "TILE", 3000)  # 32 rows of the gallery for 133 queries
     monkeypatch.setattr(search, "RESCORE_TILE", 500)
     for name in BACK_ENDS:
-        for block in (1, 7, 333, 4096):
+        for block in (1, 7, 133, 4096):
             other = find_neighbours(x, k=6, query_labels=labels, prefer=name, block=block)
-            assert torch.equal(first.indices, other.indices)
-            assert torch.equal(first.distances, other.distances)
+            assert torch.equal(first[name].indices, other.indices)
+            assert torch.equal(first[name].distances, other.distances)
+
+
+@pytest.mark.parametrize("tile", [1, 64, 100, 250])
+@pytest.mark.parametrize("group", [1, 3, 32])
+@pytest.mark.parametrize("k", [1, 6, 60])
+@pytest.mark.parametrize("ordered", [False, True])
+def test_tiles_and_groups_of_any_size(prefer, monkeypatch, tile, group, k, ordered):
+    """Last tiles and groups that are not full, copies in several tiles, and tiles that are ever nearer."""
+    monkeypatch.setattr(tiles, "GROUP", group)
+    x, labels = random_set(250, 5)
+    if ordered:
+        x = x[x.norm(dim=1).argsort(descending=True)]
+    x[[7, 90, 91, 200, 249]] = x[3].clone()
+    monkeypatch.setattr(tiles, "TILE", 10 * tile)
+    found = find_neighbours(x, k=k, query_labels=labels, prefer=prefer, block=10)
+    rows, far = oracle(x, x, k, range(250), range(250))
+    assert np.array_equal(found.indices, rows)
+    np.testing.assert_allclose(found.distances, far, rtol=1e-5)
+
+
+def test_a_query_far_from_all_of_the_gallery(prefer):
+    """|q|^2 is 1e10 and the squared distances differ by about 1e5: their order survives in float32."""
+    x, labels = random_set(200, 16)
+    far = torch.full((3, 16), 25_000.0) + x[:3]
+    found = find_neighbours(far, x, 5, query_labels=labels[:3], gallery_labels=labels, prefer=prefer)
+    for row, (near, q) in enumerate(zip(found.indices, far, strict=True)):
+        order = (x.double() - q.double()).norm(dim=1).argsort()
+        assert set(near.tolist()) <= set(order[:9].tolist()), row
+
+
+@pytest.mark.parametrize("precision", ["high", "medium"])
+def test_products_stay_whole_where_torch_may_lower_them(prefer, precision):
+    x, labels = random_set(300, 64)
+    x[150:] = x[:150] + 1e-3 * x[150:]
+    kept = torch.get_float32_matmul_precision()
+    torch.set_float32_matmul_precision(precision)
+    try:
+        found = find_neighbours(x, k=3, query_labels=labels, prefer=prefer)
+        assert torch.get_float32_matmul_precision() == precision
+    finally:
+        torch.set_float32_matmul_precision(kept)
+    assert np.array_equal(found.indices, oracle(x, x, 3, range(300), range(300))[0])
 
 
 def test_rounding_of_the_first_search_is_mended(prefer):
@@ -192,11 +236,21 @@ def test_faiss_follows_torch_threads(monkeypatch):
 
 def test_memory_stays_far_below_all_distances(prefer, monkeypatch):
     """12,000 x 12,000 float32 distances are 550 MiB; the peak is a small part of that."""
-    monkeypatch.setattr(search, "TILE", 1 << 20)
+    monkeypatch.setattr(tiles, "TILE", 1 << 20)
     x, labels = random_set(12_000, 16)
     find_neighbours(x[:500], k=1, query_labels=labels[:500], prefer=prefer)  # warm up libraries
     before, peak = resident_peak(lambda: find_neighbours(x, k=4, query_labels=labels, prefer=prefer, block=256))
     assert peak - before < 100 * 2**20
+
+
+def test_memory_holds_no_copy_of_the_gallery(prefer, monkeypatch):
+    """40,000 x 256 float32 are 39 MiB, and a mean in float64 must not make 78 of them."""
+    monkeypatch.setattr(tiles, "TILE", 1 << 19)
+    x, labels = random_set(40_000, 256)
+    find_neighbours(x[:300], k=1, query_labels=labels[:300], prefer=prefer)  # warm up libraries
+    asked = {"query_labels": labels[:300], "gallery_labels": labels}
+    before, peak = resident_peak(lambda: find_neighbours(x[:300], x, 4, **asked, prefer=prefer, block=128))
+    assert peak - before < 24 * 2**20
 
 
 def resident_peak(work):
