@@ -62,12 +62,17 @@ class RunConfig:
         None, "name:weight[,option=value], repeatable; `metric-kd list losses`, `list methods`"
     )
     recall: list[int] = flag([1], "the K of Recall@K (hit rate)")
+    metrics: list[str] = flag([], "more metrics of embeddings: map@r, r_precision, precision@K, nmi")
     top: list[int] = flag([], "the K of top-K accuracy (classification); default 1 and, with enough classes, 5")
     seed: int = flag(0, "seed of everything random")
     save_dir: str | None = flag(None, "where the run goes; default runs/<command>-<dataset>-<base>-<hash>")
     device: Literal["auto", "cpu", "cuda"] = flag("auto", "where to compute")
     precision: Literal["fp32", "bf16", "fp16"] = flag("fp32", "precision of the networks; losses stay in float32")
     workers: int = flag(0, "processes that decode images")
+    pack: str | None = flag(
+        None, "read images from this file of `metric-kd pack`; auto: from DATA/.packs, made where there is none"
+    )
+    pack_jpeg: int | None = flag(None, "quality of a --pack of JPEG images, which are not bit-equal to the files")
     input_size: int | None = flag(None, "image side in pixels; default the backbone's")
     optimizer: Literal["adam", "adamw", "sgd"] = flag("adam", "optimiser, fused (sgd: momentum 0.9)")
     nesterov: bool = flag(True, "Nesterov's form of momentum (sgd)")
@@ -78,6 +83,7 @@ class RunConfig:
     warmup: float = flag(0.0, "epochs of linear warm-up")
     clip_norm: float = flag(0.0, "clip the gradient to this norm; 0: never")
     freeze_bn: bool = flag(False, "keep the running statistics of batch normalisation")
+    sync_bn: bool = flag(False, "statistics of batch normalisation over the batch of all processes (CUDA)")
     pretrained: str = flag("auto", "auto: ImageNet for torchvision names, none for 32-px names; true, false, or a file")
     select: Literal["last", "val", "test"] = flag(
         "last",

@@ -4,7 +4,7 @@ A goal says how data are split, which head a network has, how batches are drawn 
 (:mod:`metric_kd.engine.tasks`) is the same for both.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -22,11 +22,13 @@ from metric_kd.engine.coding import Decoded
 from metric_kd.errors import UserError
 from metric_kd.evaluation.classification import check_top, evaluate_classification
 from metric_kd.evaluation.embed import embed
+from metric_kd.evaluation.metrics import titles
 from metric_kd.evaluation.reidentification import TITLES
-from metric_kd.evaluation.retrieval import check_ks, evaluate_retrieval, gallery_size
+from metric_kd.evaluation.retrieval import check_ks, check_metrics, evaluate_retrieval, gallery_size
 from metric_kd.losses.objective import LossSpec, option_names
 from metric_kd.models.backbone import Pixels
 from metric_kd.models.network import Network, NetworkSpec
+from metric_kd.types import Batch
 
 Evaluate = Callable[[nn.Module], dict[str, float]]
 
@@ -55,7 +57,7 @@ class Goal(Protocol):
         ...
 
     def evaluate(self, config: RunConfig, device: torch.device, loader: ImageLoader, prefix: str = "") -> Evaluate:
-        """network -> {metric: fraction} on the images of a loader."""
+        """network -> {metric: fraction} on the images of a loader; all processes call it, the main one gets the metrics."""
         ...
 
 
@@ -89,22 +91,37 @@ class Retrieval:
 
     def keys(self, config: RunConfig, cameras: bool = False) -> dict[str, str]:
         # Recall@K counts another image by the query's own camera as a hit, so it stands behind where there are cameras.
-        return {**(TITLES if cameras else {}), **{f"recall@{k}": f"Recall@{k}" for k in config.recall}}
+        hits = {f"recall@{k}": f"Recall@{k}" for k in config.recall}
+        return {**(TITLES if cameras else {}), **hits, **titles(config.metrics)}
 
     def check(self, config: RunConfig, records: ImageRecords, network: Network) -> None:
         check_ks(config.recall, gallery_size(len(records), records.query, records.gallery))
+        check_metrics(config.metrics, records.labels, records.query, records.gallery)
 
     def evaluate(self, config: RunConfig, device: torch.device, loader: ImageLoader, prefix: str = "") -> Evaluate:
         records = loader.records
 
         def measure(network: nn.Module) -> dict[str, float]:
-            batches = loader.test(config.batch)
-            total = -(-len(records) // config.batch)
+            batches, total = _part(loader, config.batch)
             vectors = embed(
-                network, batches, device=device, precision=config.precision, progress="evaluating", total=total
+                network,
+                batches,
+                device=device,
+                precision=config.precision,
+                progress="evaluating",
+                total=total,
+                shared=True,
             )
+            if not distributed.is_main():
+                return {}
             metrics, _ = evaluate_retrieval(
-                vectors, config.recall, query=records.query, gallery=records.gallery, cameras=records.cameras
+                vectors,
+                config.recall,
+                query=records.query,
+                gallery=records.gallery,
+                cameras=records.cameras,
+                metrics=config.metrics,
+                seed=config.seed,
             )
             return {f"{prefix}{key}": value for key, value in metrics.items()}
 
@@ -145,14 +162,16 @@ class Classification:
 
     def evaluate(self, config: RunConfig, device: torch.device, loader: ImageLoader, prefix: str = "") -> Evaluate:
         def measure(network: nn.Module) -> dict[str, float]:
+            batches, total = _part(loader, config.batch)
             metrics = evaluate_classification(
                 network,
-                loader.test(config.batch),
+                batches,
                 device=device,
                 precision=config.precision,
                 ks=config.top,
                 progress="evaluating",
-                total=-(-len(loader.records) // config.batch),
+                total=total,
+                shared=True,
             )
             return {f"{prefix}{key}": value for key, value in metrics.items()}
 
@@ -198,6 +217,12 @@ class Decoding:
             }
 
         return measure
+
+
+def _part(loader: ImageLoader, batch: int) -> tuple[Iterator[Batch], int]:
+    """This process's part of the test batches, and about how many these are."""
+    rank, world = distributed.rank(), distributed.world_size()
+    return loader.test(batch, (rank, world)), -(-len(loader.records) // (batch * world))
 
 
 def goal_of(config: RunConfig) -> Goal:

@@ -200,8 +200,8 @@ def _parser(command: str, program: str | None) -> Any:
         options: dict[str, Any] = {"default": default, "help": key.metadata["help"]}
         if key.name in REPEATED:
             parser.add_argument(f"--{key.name}", type=str, action="append", **options)
-        elif key.type in (list[int], list[float] | None):
-            kind_of_entry = int if key.type == list[int] else float
+        elif key.type in (list[int], list[str], list[float] | None):
+            kind_of_entry = {list[int]: int, list[str]: str}.get(key.type, float)
             parser.add_argument(f"--{key.name}", type=kind_of_entry, nargs="*", **options)
         else:
             parser.add_argument(f"--{key.name}", type=key.type, **options)

@@ -4,6 +4,7 @@ from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
+from torch import nn
 
 from metric_kd import distributed
 from metric_kd.cli.config import (
@@ -19,11 +20,13 @@ from metric_kd.cli.goals import Decoding, Goal, goal_of, load_splits
 from metric_kd.cli.imitating import imitating
 from metric_kd.cli.losses import fold, losses_of
 from metric_kd.cli.networks import check_classes, coders_of, peers_of, student_of, teacher_of
+from metric_kd.cli.pack import pack_for
 from metric_kd.cli.parse import Parsed
 from metric_kd.cli.plugins import load_plugins
 from metric_kd.cli.stored import with_checkpoints
 from metric_kd.cli.validate import validate
 from metric_kd.data.loading import ImageLoader
+from metric_kd.data.pack import Packs
 from metric_kd.data.records import Splits
 from metric_kd.data.transforms import Geometry
 from metric_kd.devices import choose_device
@@ -141,7 +144,9 @@ def build(parsed: Parsed) -> Session:
     goal_of(config).check(config, splits.test, measured)
     if not (evaluating or isinstance(student, Coders)):
         _check_losses(config, splits.train.class_names, student, teacher, peers)
-    train, validation, test = _loaders(config, splits, evaluating)
+    train, validation, test = _loaders(config, splits, evaluating, pack_for(config, splits, notes))
+    packs = {str(loader.pack.file) for loader in (train, validation, test) if loader is not None and loader.pack}
+    notes += [f"images come from {file}" for file in sorted(packs)]
     for loader in (train, validation, test):
         if loader is not None and loader.skipped:
             notes.append(f"skipped {len(loader.skipped)} unreadable images, the first {loader.skipped[0]}")
@@ -182,6 +187,9 @@ def make_task(session: Session) -> Solo | Mutual | Coding:
     """The student, the objective and the teacher (or the peers) as one module, its trained parts built under the seed."""
     config, losses = session.config, session.losses
     torch.manual_seed(config.seed + 1)
+    if config.sync_bn:
+        for network in (session.student, *session.peers.values()):
+            synchronise(network)
     task: Solo | Mutual | Coding
     if isinstance(session.student, Coders):
         assert isinstance(session.teacher, Network)
@@ -197,7 +205,7 @@ def make_task(session: Session) -> Solo | Mutual | Coding:
         objective = Objective(losses)
         for key, term in objective.items():
             if distributed.world_size() > 1 and term.one_process:
-                raise UserError(f"loss {key!r} remembers every image in one process; run it without torchrun.")
+                raise UserError(f"loss {key!r} works in one process only; run it without torchrun.")
         if isinstance(config, ProbeConfig):
             task = Probe(session.student, objective, config.precision)
         elif (layer := fit_head_of(config)) is not None:
@@ -209,9 +217,18 @@ def make_task(session: Session) -> Solo | Mutual | Coding:
     records = session.train.records
     task = task.to(session.device)
     task.build(session.train.example(2).to(session.device), records.num_classes, torch.from_numpy(records.labels))
+    if config.sync_bn:
+        for objective in [module for module in task.modules() if isinstance(module, Objective)]:
+            synchronise(objective)
     for epoch in range(1, config.epochs + 1):
         task.begin_epoch(epoch, config.epochs)
     return task.to(session.device)
+
+
+def synchronise(module: nn.Module) -> None:
+    """Let batch normalisation inside a module normalise by the batch of all processes; one process has that already."""
+    if distributed.world_size() > 1:
+        nn.SyncBatchNorm.convert_sync_batchnorm(module)
 
 
 def make_batches(session: Session) -> Any:
@@ -243,7 +260,7 @@ def make_settings(config: RunConfig, iterations: int) -> Settings:
 
 
 def _loaders(
-    config: RunConfig, splits: Splits, evaluating: bool
+    config: RunConfig, splits: Splits, evaluating: bool, pack: Packs | None
 ) -> tuple[ImageLoader, ImageLoader | None, ImageLoader]:
     fit, validation = splits.train, None
     if config.select == "val" and not evaluating:
@@ -256,6 +273,7 @@ def _loaders(
         "skip_unreadable": config.skip_unreadable,
         "pin_memory": config.device != "cpu" and torch.cuda.is_available(),
         "progress": distributed.is_main(),
+        "pack": pack,
     }
     flip, side = fit.flip, None
     if isinstance(config, ProbeConfig):  # the whole image, shrunk, as the papers do

@@ -15,13 +15,15 @@ from metric_kd.cli.config import (
 )
 from metric_kd.cli.goals import is_number
 from metric_kd.cli.losses import losses_of
+from metric_kd.cli.pack import check_quality
 from metric_kd.data import DATASETS
-from metric_kd.devices import check_device
+from metric_kd.devices import check_device, choose_device
 from metric_kd.engine.run_directory import RunDirectory, check_folder
 from metric_kd.engine.weight_record import chosen_epochs
 from metric_kd.errors import UserError
+from metric_kd.evaluation.metrics import titles
 from metric_kd.losses.objective import Objective, option_names
-from metric_kd.losses.term import TERMS
+from metric_kd.losses.term import TERMS, PairTerm
 from metric_kd.models import check_base
 
 
@@ -38,6 +40,7 @@ def _names(config: RunConfig) -> list[str]:
     checks: list[Callable[[], object]] = [
         lambda: DATASETS.canonical(config.dataset),
         lambda: check_base(config.base, config.input_size),
+        lambda: titles(config.metrics),
     ]
     if isinstance(config, DistillConfig):
         teacher = config
@@ -72,6 +75,8 @@ def _sizes(config: RunConfig) -> list[str]:
     ]
     if not config.recall or min(config.recall) < 1:
         sentences.append("--recall takes one or more K of 1 or more, as in --recall 1 2 4 8.")
+    if config.metrics and config.task == "classification":
+        sentences.append("--metrics are of embeddings, a classifier has --top; leave one of --metrics and --task out.")
     if config.top and min(config.top) < 1:
         sentences.append("--top takes one or more K of 1 or more, as in --top 1 5.")
     if not 0 <= config.seed < 2**62:
@@ -153,13 +158,21 @@ def _files(config: RunConfig) -> list[str]:
             sentences.append(f"--student_init {start} is a folder; give a file.")
         elif not start.exists():
             sentences += _refusals((partial(check_folder, start.parent, "--student_init"),))
+    if config.pack not in (None, "auto") and not Path(str(config.pack)).is_file():
+        sentences.append(f"--pack {config.pack} does not exist; make it with `metric-kd pack --out`, or give auto.")
+    if config.pack_jpeg is not None and config.pack is None:
+        sentences.append("--pack_jpeg says what --pack holds; give --pack FILE or auto too.")
+    sentences += _refusals((partial(check_quality, "--pack_jpeg", config.pack_jpeg),))
     if config.save_dir is not None:
         sentences += _refusals((RunDirectory(config.save_dir).check_writable,))
     return sentences
 
 
 def _device(config: RunConfig) -> list[str]:
-    return _refusals((lambda: check_device(config.device),))
+    sentences = _refusals((lambda: check_device(config.device),))
+    if config.sync_bn and not sentences and choose_device(config.device).type != "cuda":
+        sentences.append("--sync_bn needs CUDA, PyTorch has no such batch normalisation for the CPU; leave it out.")
+    return sentences
 
 
 def _losses(config: RunConfig) -> list[str]:
@@ -178,6 +191,15 @@ def _losses(config: RunConfig) -> list[str]:
             )
         if TERMS[loss.name].reads_teacher and not isinstance(config, DistillConfig):
             sentences.append(f"loss {loss.name!r} reads a teacher; use run_distill.py with --teacher_load.")
+        if config.sync_bn and issubclass(TERMS[loss.name], PairTerm) and not TERMS[loss.name].relates:
+            sentences.append(
+                f"loss {loss.name!r} runs the student on images of its own, of which processes have different numbers, and "
+                "--sync_bn would wait for them for ever; leave one of the two out."
+            )
+        if config.sync_bn and TERMS[loss.name].differentiates:
+            sentences.append(
+                f"loss {loss.name!r} takes gradients of gradients, which --sync_bn does not have; leave one of the two out."
+            )
         compares = config.task == "embedding" and "sample" in option_names(loss.name)
         if compares and config.num_image_per_class < 2:
             sentences.append(f"loss {loss.name!r} compares images of one class; give --num_image_per_class 2 or more.")

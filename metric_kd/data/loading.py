@@ -1,6 +1,5 @@
-"""ImageLoader: records and geometry to uint8 batches, from memory or from files."""
+"""ImageLoader: records and geometry to uint8 batches, from memory, from files or from a pack."""
 
-import os
 import signal
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
@@ -13,62 +12,21 @@ from torch import Tensor
 from torch.utils.data import DataLoader
 
 from metric_kd.data import decode
+from metric_kd.data.pack import Located, Packs, decode_resized
 from metric_kd.data.records import ImageRecords
-from metric_kd.data.transforms import Geometry, resize
+from metric_kd.data.sources import MEMORY_SIDE, FileImages, ImageSource, MemoryImages, PackImages, side_of
+from metric_kd.data.transforms import Geometry
 from metric_kd.errors import UserError
 from metric_kd.types import Batch
-
-MEMORY_SIDE = 73
-"""Images up to this side live in memory: what inputs of 64 px need before the crop (64 * 256 / 224)."""
 
 Request = tuple[np.ndarray, int | None]
 """Rows of the records, and the epoch to augment for; None for the test view."""
 
 
-class _MemoryImages:
-    """Batches from (N, H, W, 3) pixels, which are resized here once where they stay small, else batch by batch."""
-
-    def __init__(self, pixels: np.ndarray, geometry: Geometry):
-        self.resizes = not geometry.keeps(*pixels.shape[1:3])
-        self.side = geometry.side if self.resizes else pixels.shape[1]
-        if self.resizes and self.side <= MEMORY_SIDE:
-            parts = [self._resized(pixels[k : k + 1024]) for k in range(0, len(pixels), 1024)]
-            pixels, self.resizes = np.concatenate(parts), False
-        self.pixels = np.ascontiguousarray(pixels)
-
-    def _resized(self, pixels: np.ndarray) -> np.ndarray:
-        return resize(torch.from_numpy(pixels).permute(0, 3, 1, 2), self.side).permute(0, 2, 3, 1).numpy()
-
-    def read(self, rows: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-        """Pixels, and where in them each of the rows lies."""
-        if self.resizes:
-            return self._resized(self.pixels[rows]), np.arange(len(rows))
-        return self.pixels, rows
-
-
-class _FileImages:
-    """Batches decoded on demand; the names are one array, so that forked workers do not copy them."""
-
-    def __init__(self, paths: tuple[str, ...], geometry: Geometry):
-        self.names = np.array([os.fsencode(p) for p in paths])
-        self.side = geometry.side
-
-    def read(self, rows: np.ndarray, mapping: Callable = map) -> tuple[np.ndarray, np.ndarray]:
-        out = np.empty((len(rows), self.side, self.side, 3), dtype=np.uint8)
-        images = mapping(partial(_decode_resized, side=self.side), [os.fsdecode(self.names[row]) for row in rows])
-        for k, image in enumerate(images):
-            out[k] = image
-        return out, np.arange(len(rows))
-
-
-def _decode_resized(path: str, side: int) -> np.ndarray:
-    return resize(decode.decode(path)[None], side)[0].permute(1, 2, 0).numpy()
-
-
 class _Batches:
     """Request -> Batch; what a worker process holds."""
 
-    def __init__(self, source: "_MemoryImages | _FileImages", labels: np.ndarray, geometry: Geometry, seed: int):
+    def __init__(self, source: ImageSource, labels: np.ndarray, geometry: Geometry, seed: int):
         self.source, self.labels, self.geometry, self.seed = source, labels, geometry, seed
 
     def make(self, request: Request, **reading: Callable) -> Batch:
@@ -130,10 +88,12 @@ class ImageLoader:
     Images that need no more than ``MEMORY_SIDE`` px before the crop are decoded once and kept in memory; larger ones
     are decoded on demand, in ``workers`` processes or, without them, in threads.
 
+    pack: a :class:`~metric_kd.data.pack.Pack`, or what finds one, to read instead of the files, with the same batches bit
+    for bit (unless it holds JPEG images); ``UserError`` where it does not hold the files as they are now.
     seed: of the augmentation. skip_unreadable: decode everything once, drop what cannot be read and list it in
     ``skipped``; otherwise ``UserError`` names the first such file, here where its first bytes show it, else when it is
     met. pin_memory: for asynchronous copies to a GPU; ignored without one. records: those in use, without the skipped.
-    side: px of the square that an image is made before it is cropped.
+    side: px of the square that an image is made before it is cropped. pack: the one that is read, or None.
     """
 
     def __init__(
@@ -146,6 +106,7 @@ class ImageLoader:
         skip_unreadable: bool = False,
         pin_memory: bool = False,
         progress: bool = False,
+        pack: Packs | None = None,
     ):
         if len(records) == 0:
             raise UserError(f"{records.name} holds no images; check the data folder.")
@@ -153,16 +114,10 @@ class ImageLoader:
         self.skipped: list[str] = []
         self.pin_memory = pin_memory and torch.cuda.is_available()
         self.records = records
-        if records.pixels is None:
-            records = self._from_files(records, skip_unreadable, progress)
-        source: _MemoryImages | _FileImages
-        if records.pixels is not None:
-            source = _MemoryImages(records.pixels, self.geometry)
-        else:
-            assert records.paths is not None
-            source = _FileImages(records.paths, self.geometry)
+        source = self._source(pack, skip_unreadable, progress)
         self.side = source.side
-        self.workers = workers if isinstance(source, _FileImages) else 0
+        self.pack = source.pack if isinstance(source, PackImages) else None
+        self.workers = 0 if isinstance(source, MemoryImages) else workers
         self._batches = _Batches(source, np.ascontiguousarray(self.records.labels, dtype=np.int64), self.geometry, seed)
         self._agenda = _Agenda()
         self._pool: DataLoader | None = None
@@ -171,18 +126,42 @@ class ImageLoader:
     def __len__(self) -> int:
         return len(self.records)
 
-    def _from_files(self, records: ImageRecords, skip: bool, progress: bool) -> ImageRecords:
-        """What to draw from: pixels where the images are small, else the paths. Sets ``records`` and ``skipped``."""
-        paths = records.paths
+    def _source(self, pack: Packs | None, skip: bool, progress: bool) -> ImageSource:
+        """Where batches come from. Sets ``records`` and ``skipped``."""
+        paths = self.records.paths
+        if paths is None:
+            if pack is not None:
+                raise UserError(f"the images of {self.records.name} are in memory already; leave the pack out.")
+            assert self.records.pixels is not None
+            return MemoryImages(self.records.pixels, self.geometry)
+        located = None if pack is None else pack.of(paths, side_of(paths, self.geometry))
+        if located is not None:
+            return self._from_pack(located, skip)
+        pixels = self._from_files(skip, progress)
+        if pixels is not None:
+            return MemoryImages(pixels, self.geometry)
+        assert self.records.paths is not None
+        return FileImages(self.records.paths, self.geometry)
+
+    def _from_pack(self, located: Located, skip: bool) -> PackImages:
+        good = located.pack.readable[located.rows]
+        assert self.records.paths is not None
+        if not (skip or good.all()):
+            path = self.records.paths[int(good.argmin())]
+            raise decode.unreadable(path, "it could not be when it was packed")
+        self._keep(good)
+        return PackImages(located._replace(rows=located.rows[good]))
+
+    def _from_files(self, skip: bool, progress: bool) -> np.ndarray | None:
+        """The pixels where the images are small, else None."""
+        paths = self.records.paths
         assert paths is not None
-        crop = self.geometry.crop
         small = self.geometry.side <= MEMORY_SIDE
-        native = small and self.geometry.keeps(crop, crop) and decode.all_have_size(paths, crop)
-        side = crop if native else self.geometry.side
+        side = side_of(paths, self.geometry)
         pixels = np.empty((len(paths), side, side, 3), dtype=np.uint8) if small else None
         read: Callable[[str], object]
         if small:
-            read, what = partial(_decode_resized, side=side), "decode images"
+            read, what = partial(decode_resized, side=side), "decode images"
         elif skip:
             read, what = decode.check_whole, "check images"
         else:
@@ -193,23 +172,30 @@ class ImageLoader:
                 if not skip:
                     raise result
                 good[k] = False
-                self.skipped.append(paths[k])
             elif pixels is not None:
                 pixels[k] = result
+        self._keep(good)
+        return pixels if pixels is None or good.all() else pixels[good]
+
+    def _keep(self, good: np.ndarray) -> None:
+        """Leave the other images out, and list them."""
+        if good.all():
+            return
+        records = self.records
+        assert records.paths is not None
+        self.skipped = [records.paths[k] for k in np.flatnonzero(~good)]
         if not good.any():
-            raise UserError(f"none of the {len(paths)} images of {records.name} can be read; check the data folder.")
-        if not good.all():
-            self.records = records = records.select(good, renumber=False)  # a classifier keeps its classes
-            pixels = pixels[good] if pixels is not None else None
-        return replace(records, paths=None, pixels=pixels) if pixels is not None else records
+            raise UserError(f"none of the {len(good)} images of {records.name} can be read; check the data folder.")
+        self.records = records.select(good, renumber=False)  # a classifier keeps its classes
 
     def train(self, index_batches: Iterable[np.ndarray], epoch: int) -> Iterator[Batch]:
         """Augmented batches of the given rows; the augmentation depends on seed, epoch and row only."""
         return self._run([(np.asarray(rows), epoch) for rows in index_batches], keep=True)
 
-    def test(self, batch_size: int) -> Iterator[Batch]:
-        """All images in order, centre view; the last batch may be short."""
+    def test(self, batch_size: int, part: tuple[int, int] = (0, 1)) -> Iterator[Batch]:
+        """All images in order, centre view; the last batch may be short. part (k, n): the k-th run of n of these batches."""
         starts = range(0, len(self), batch_size)
+        starts = starts[len(starts) * part[0] // part[1] : len(starts) * (part[0] + 1) // part[1]]
         return self._run([(np.arange(s, min(s + batch_size, len(self))), None) for s in starts], keep=False)
 
     def example(self, count: int) -> Batch:
@@ -247,7 +233,7 @@ class ImageLoader:
                 _stop(results)
 
     def _here(self, requests: list[Request]) -> Iterator[Batch]:
-        if isinstance(self._batches.source, _FileImages):
+        if self._batches.source.decodes:
             with ThreadPoolExecutor(decode.THREADS) as pool:
                 for request in requests:
                     yield self._pinned(self._batches.make(request, mapping=pool.map))

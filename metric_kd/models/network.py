@@ -11,8 +11,12 @@ from torch.nn import functional as F
 from metric_kd.errors import UserError, one_of
 from metric_kd.models.backbone import Backbone, Pixels
 from metric_kd.models.layers import LAYER, output_with_layers
+from metric_kd.models.lent_memory import LentMemory
 from metric_kd.models.names import Resolved, resolve
 from metric_kd.types import Output
+
+_MEMORY = LentMemory()
+"""Of normalised images: those of a teacher are gone when the student's are made, those of a step before the next."""
 
 
 @dataclass(frozen=True)
@@ -115,11 +119,32 @@ class Network(nn.Module):
         assert self.spec.pixels is not None
         if self.spec.pixels.bgr:
             images = images.flip(1)
+        if self._by_rows(images):
+            return self._normalised_rows(images)
         raised = images.to(self.pixel_scale.dtype)
         if images.is_floating_point() or torch.compiler.is_compiling():
             return torch.addcmul(self.pixel_shift, raised, self.pixel_scale)
         # ``raised`` is a fresh copy without a gradient, so it can hold the result: half the time of a second copy.
         return torch.addcmul(self.pixel_shift, raised, self.pixel_scale, out=raised)
+
+    def _by_rows(self, images: Tensor) -> bool:
+        return (
+            type(images) is Tensor
+            and images.dtype == torch.uint8
+            and images.device.type == "cpu"
+            and self.pixel_scale.dtype == torch.float32
+            and images.is_contiguous(memory_format=torch.channels_last)
+            and not (torch.compiler.is_compiling() or torch.jit.is_tracing())
+        )
+
+    def _normalised_rows(self, images: Tensor) -> Tensor:
+        """The same bits in a quarter of the time: rows of 3 W numbers instead of pixels of 3, in memory used before."""
+        count, _, height, width = images.shape
+        scale, shift = (t.flatten().repeat(width) for t in (self.pixel_scale, self.pixel_shift))
+        rows = _MEMORY.empty((count * height, 3 * width))
+        rows.copy_(images.permute(0, 2, 3, 1).reshape(count * height, 3 * width))
+        torch.addcmul(shift, rows, scale, out=rows)
+        return rows.view(count, height, width, 3).permute(0, 3, 1, 2)
 
     def forward(self, images: Tensor, want: tuple[str, ...] = ("embedding",)) -> Output:
         """What is wanted, and nothing else; pooled, embedding and logits are float32 (float64 in a float64 network)

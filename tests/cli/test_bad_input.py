@@ -96,6 +96,14 @@ def test_batches_and_recall(refused):
     assert "gallery" in refused("--recall", 1, 1000)
 
 
+def test_metrics(refused, tmp_path):
+    nowhere = tmp_path / "nowhere"
+    assert "did you mean 'map@r'" in refused("--metrics", "map", data=nowhere)
+    assert "precision@0" in refused("--metrics", "nmi", "precision@0", data=nowhere)
+    assert "--metrics" in refused("--metrics", "nmi", "--task", "classification", data=nowhere)
+    assert "K = 1000 is larger than the gallery" in refused("--metrics", "precision@1000")
+
+
 def test_relational_losses_need_a_teacher_and_vice_versa(refused):
     assert "run_distill.py" in refused("--loss", "rkd_angle:1")
     assert "weight zero" in refused("--loss", "l2_triplet:0")

@@ -30,6 +30,25 @@ def test_a_run_directory_holds_what_the_readme_says(teacher_run):
     assert f"{100 * last['recall@1']:.4f}" in result
 
 
+def test_more_metrics_stand_behind_recall(tmp_path, image_folder, capsys):
+    run = tmp_path / "run"
+    names = ["nmi", "map@r", "precision@3", "r_precision"]
+    data = ["--dataset", "folder", "--data", str(image_folder)]
+    assert train([*TINY, *data, "--epochs", "1", "--save_dir", str(run), "--metrics", *names]) == 0
+    result = (run / "result.txt").read_text()
+    assert result.startswith("Best Recall@1: ")
+    lines = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
+    last = next(line for line in reversed(lines) if "recall@1" in line)
+    assert all(0 <= last[name] <= 1 for name in names)
+    capsys.readouterr()
+    assert console(["eval", str(run), "--metrics", *names]) == 0
+    printed = capsys.readouterr().out
+    titles = {"nmi": "NMI", "map@r": "MAP@R", "precision@3": "Precision@3", "r_precision": "R-precision"}
+    for name in names:
+        line = f"{titles[name]}: {100 * last[name]:.4f}"
+        assert line in printed and line in result
+
+
 def test_evaluating_a_checkpoint_repeats_its_result(teacher_run, image_folder, capsys):
     assert (
         train(["--mode", "eval", "--dataset", "folder", "--data", str(image_folder), "--load", str(teacher_run)]) == 0

@@ -1,0 +1,173 @@
+"""Making packs (:mod:`metric_kd.data.pack`): resumable after any kill, and never a half-written one under its name."""
+
+import contextlib
+import os
+import sys
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+
+from metric_kd.data import decode
+from metric_kd.data.pack import Located, Pack, StalePack
+from metric_kd.data.pack_part import Part, Source, remove_part
+from metric_kd.data.records import ImageRecords
+from metric_kd.errors import UserError
+
+
+def _source(parts: Sequence[ImageRecords]) -> Source:
+    """The union of some records; raises ``UserError`` for images in memory and for files that are not there."""
+    label_of: dict[str, str] = {}
+    for records in parts:
+        if records.paths is None:
+            raise UserError(f"the images of {records.name} are in memory already; a pack is of image files.")
+        for path, label in zip(records.paths, records.labels.tolist(), strict=True):
+            label_of.setdefault(os.path.abspath(path), records.class_names[label])
+    if not label_of:
+        raise UserError("there are no images to pack; check the data folder.")
+    paths = list(label_of)
+    base = os.path.commonpath([os.path.dirname(path) for path in paths])
+    class_names = list(dict.fromkeys(label_of.values()))
+    number = {name: k for k, name in enumerate(class_names)}
+    sizes, modified = (np.empty(len(paths), dtype=np.int64) for _ in range(2))
+    for k, path in enumerate(paths):
+        try:
+            state = os.stat(path)
+        except OSError as error:
+            raise decode.unreadable(path, error.strerror or error) from error
+        sizes[k], modified[k] = state.st_size, state.st_mtime_ns
+    names = [path[len(base) :].lstrip(os.sep) for path in paths]
+    labels = np.array([number[label] for label in label_of.values()], dtype=np.int64)
+    return Source(parts[0].name, paths, names, labels, class_names, sizes, modified)
+
+
+def make_pack(
+    file: "str | Path",
+    parts: Sequence[ImageRecords],
+    side: int,
+    *,
+    quality: int | None = None,
+    workers: int = decode.THREADS,
+    skip_unreadable: bool = False,
+    progress: bool = False,
+) -> Pack:
+    """The pack of all images of ``parts`` at ``side`` px; a whole and fresh one is left as it is.
+
+    quality: 1 .. 100 keeps JPEG images instead of pixels, smaller but not bit-equal. workers: threads that decode.
+    skip_unreadable: mark files that cannot be read, instead of raising the ``UserError`` that names the first. What a
+    killed process has written to ``file.part`` is gone on with. Raises ``UserError`` where there is no room for it, and
+    where ``file`` is something else than an earlier pack of this data set, of the same kind.
+    """
+    file = Path(file)
+    if side < 8 or workers < 1 or not (quality is None or 1 <= quality <= 100):
+        raise UserError("a pack takes a side of 8 px or more, one or more workers, and a JPEG quality from 1 to 100.")
+    source = _source(parts)
+    try:
+        file.parent.mkdir(parents=True, exist_ok=True)
+        with _alone(file):
+            pack = _fresh(file, source, side, quality)
+            if pack is not None:
+                remove_part(file)
+            else:
+                if not skip_unreadable:
+                    for path in source.paths:
+                        decode.check_header(path)
+                with contextlib.closing(Part(file, source, side, quality)) as part:
+                    part.check_room(workers)
+                    part.fill(workers, skip_unreadable, progress)
+                    part.finish()
+                pack = Pack(file)
+    except PermissionError as error:
+        raise UserError(f"cannot write {file} ({error.strerror}); choose another place for the pack.") from error
+    if not (skip_unreadable or pack.readable.all()):
+        raise decode.unreadable(source.paths[int(pack.readable.argmin())], "it could not be when it was packed")
+    return pack
+
+
+def _fresh(file: Path, source: Source, side: int, quality: int | None) -> Pack | None:
+    """The pack that lies there, where it is whole and of these files; None where it is to be made (again)."""
+    if not file.exists():
+        return None
+    try:
+        pack = Pack(file)
+    except StalePack:
+        return None
+    if pack.dataset != source.dataset:
+        raise UserError(f"{file} is a pack of {pack.dataset}, not of {source.dataset}; give another file.")
+    if (pack.side, pack.quality) != (side, quality):
+        kind = "pixels" if pack.quality is None else f"JPEG images of quality {pack.quality}"
+        raise UserError(f"{file} is a pack of {kind} at {pack.side} px; give another file, or remove it.")
+    if pack.key != source.key(side, quality):
+        return None
+    try:
+        return pack.of(source.paths, side).pack
+    except StalePack:  # these libraries read the files otherwise
+        return None
+
+
+@contextlib.contextmanager
+def _alone(file: Path) -> Iterator[None]:
+    """One process at a time makes a pack; others wait, and then find it. The lock dies with its process."""
+    try:
+        import fcntl
+    except ImportError:  # not on Windows, where runs have one process
+        yield
+        return
+    lock = file.with_name(f".{file.name}.lock")
+    while True:
+        handle = os.open(lock, os.O_CREAT | os.O_RDWR, 0o644)
+        try:
+            fcntl.lockf(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except OSError:
+            print(f"another process is making {file}; waiting for it", file=sys.stderr)
+            fcntl.lockf(handle, fcntl.LOCK_EX)
+        with contextlib.suppress(OSError):
+            if os.stat(lock).st_ino == os.fstat(handle).st_ino:
+                break
+        os.close(handle)  # whoever held it has removed it: once more
+    try:
+        yield
+    finally:
+        lock.unlink(missing_ok=True)
+        os.close(handle)
+
+
+@dataclass(frozen=True)
+class AutoPack:
+    """Packs in a folder, found by data set and side: used where they are fresh, made (again) where not.
+
+    parts: gives all records of the data set. make: false reads the files where there is no fresh pack.
+    """
+
+    folder: Path
+    name: str
+    parts: Callable[[], Sequence[ImageRecords]]
+    quality: int | None = None
+    workers: int = decode.THREADS
+    skip_unreadable: bool = False
+    progress: bool = False
+    make: bool = True
+
+    def file(self, side: int) -> Path:
+        """Where the pack of a side lies."""
+        return self.folder / f"{self.name}-{side}{'' if self.quality is None else f'-jpeg{self.quality}'}.h5"
+
+    def of(self, paths: Sequence[str], side: int) -> Located | None:
+        """See :class:`~metric_kd.data.pack.Packs`."""
+        file = self.file(side)
+        if file.exists():
+            with contextlib.suppress(StalePack):
+                return Pack(file).of(paths, side)
+        if not self.make:
+            return None
+        pack = make_pack(
+            file,
+            self.parts(),
+            side,
+            quality=self.quality,
+            workers=self.workers,
+            skip_unreadable=self.skip_unreadable,
+            progress=self.progress,
+        )
+        return pack.of(paths, side)
