@@ -15,9 +15,10 @@ from typing import Any
 from metric_kd.cli.comparison import CONTROL, Comparison, Row, main_metric, read_comparison
 from metric_kd.cli.config import DistillConfig, to_dict
 from metric_kd.cli.fitting import fit, say
+from metric_kd.cli.making import make_task
 from metric_kd.cli.outcome import Outcome, Result, report_of, write_results
 from metric_kd.cli.parse import Parsed, read_words
-from metric_kd.cli.session import Session, build, make_task
+from metric_kd.cli.session import Session, build
 from metric_kd.engine.checkpoint import write_text
 from metric_kd.engine.run_directory import RunDirectory
 from metric_kd.errors import UserError

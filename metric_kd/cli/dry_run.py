@@ -10,8 +10,9 @@ import torch
 
 from metric_kd.cli.config import default_save_dir, to_dict
 from metric_kd.cli.fitting import fit
+from metric_kd.cli.making import make_batches, make_settings, make_task
 from metric_kd.cli.parse import Parsed, parse
-from metric_kd.cli.session import Session, build, checked, make_batches, make_settings, make_task
+from metric_kd.cli.session import Session, build, checked
 from metric_kd.engine.memory import peak_memory, reset_peak_memory
 from metric_kd.engine.run_directory import RunDirectory
 from metric_kd.engine.tasks import Task

@@ -9,9 +9,10 @@ from tqdm import tqdm
 
 from metric_kd import distributed
 from metric_kd.cli.config import GranularityConfig, default_save_dir, to_dict
+from metric_kd.cli.making import make_batches, make_settings, make_task
 from metric_kd.cli.networks import share_start
 from metric_kd.cli.parse import Parsed
-from metric_kd.cli.session import Session, build, checked, make_batches, make_settings, make_task
+from metric_kd.cli.session import Session, build, checked
 from metric_kd.engine.checkpoint import read_checkpoint, write_text
 from metric_kd.engine.logging import Observer, TensorBoard
 from metric_kd.engine.reproducibility import weights_digest

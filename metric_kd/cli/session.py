@@ -4,7 +4,6 @@ from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
-from torch import nn
 
 from metric_kd import distributed
 from metric_kd.cli.config import (
@@ -12,7 +11,6 @@ from metric_kd.cli.config import (
     GranularityConfig,
     ProbeConfig,
     RunConfig,
-    fit_head_of,
     is_evaluation,
     with_rate,
 )
@@ -30,14 +28,8 @@ from metric_kd.data.pack import Packs
 from metric_kd.data.records import Splits
 from metric_kd.data.transforms import Geometry
 from metric_kd.devices import choose_device
-from metric_kd.distill.granularity import CodedTeacher, Coders, Encoders
-from metric_kd.engine.coding import Coding
-from metric_kd.engine.imitation import HeadFit, Imitation
-from metric_kd.engine.mutual import Mutual
-from metric_kd.engine.optimisation import Settings, milestone
-from metric_kd.engine.probing import Probe
+from metric_kd.distill.granularity import CodedTeacher, Coders
 from metric_kd.engine.reproducibility import deterministic_algorithms
-from metric_kd.engine.tasks import Solo
 from metric_kd.errors import UserError
 from metric_kd.evaluation.classification import default_top
 from metric_kd.losses.objective import LossSpec, Objective, require_provided
@@ -181,82 +173,6 @@ def _check_losses(
         assert isinstance(config, DistillConfig) and config.teacher_load is not None
         way_out = "train both on the same classes (--train_classes, --labels) or choose losses that read no logits"
         check_classes(teacher, config.teacher_load, classes, way_out)
-
-
-def make_task(session: Session) -> Solo | Mutual | Coding:
-    """The student, the objective and the teacher (or the peers) as one module, its trained parts built under the seed."""
-    config, losses = session.config, session.losses
-    torch.manual_seed(config.seed + 1)
-    if config.sync_bn:
-        for network in (session.student, *session.peers.values()):
-            synchronise(network)
-    task: Solo | Mutual | Coding
-    if isinstance(session.student, Coders):
-        assert isinstance(session.teacher, Network)
-        task = Coding(session.student, session.teacher, config.precision)
-    elif session.peers:
-        networks = {"student": session.student, **session.peers}
-        asked = isinstance(config, DistillConfig) and config.granularity is not None
-        encoders = {name: Encoders(network.pooled_size) for name, network in networks.items()} if asked else {}
-        assert isinstance(config, DistillConfig)
-        rates = dict(zip(session.peers, config.peer_lr or [], strict=False))
-        task = Mutual(networks, losses, config.precision, encoders, rates)
-    else:
-        objective = Objective(losses)
-        for key, term in objective.items():
-            if distributed.world_size() > 1 and term.one_process:
-                raise UserError(f"loss {key!r} works in one process only; run it without torchrun.")
-        if isinstance(config, ProbeConfig):
-            task = Probe(session.student, objective, config.precision)
-        elif (layer := fit_head_of(config)) is not None:
-            task = HeadFit(session.student, session.teacher, objective, layer, config.precision)
-        elif isinstance(config, DistillConfig) and config.imitate is not None:
-            task = Imitation(session.student, session.teacher, objective, config.precision)
-        else:
-            task = Solo(session.student, session.teacher, objective, config.precision)
-    records = session.train.records
-    task = task.to(session.device)
-    task.build(session.train.example(2).to(session.device), records.num_classes, torch.from_numpy(records.labels))
-    if config.sync_bn:
-        for objective in [module for module in task.modules() if isinstance(module, Objective)]:
-            synchronise(objective)
-    for epoch in range(1, config.epochs + 1):
-        task.begin_epoch(epoch, config.epochs)
-    return task.to(session.device)
-
-
-def synchronise(module: nn.Module) -> None:
-    """Let batch normalisation inside a module normalise by the batch of all processes; one process has that already."""
-    if distributed.world_size() > 1:
-        nn.SyncBatchNorm.convert_sync_batchnorm(module)
-
-
-def make_batches(session: Session) -> Any:
-    """Which images make a batch, as the goal wants it."""
-    return session.goal.batches(session.config, session.losses, session.train.records)
-
-
-def make_settings(config: RunConfig, iterations: int) -> Settings:
-    """The trainer's settings; ``iterations`` steps make an epoch."""
-    at = config.lr_decay_at
-    milestones = config.lr_decay_epochs if at is None else [milestone(share, config.epochs) for share in at]
-    return Settings(
-        epochs=config.epochs,
-        iterations=iterations,
-        lr=config.lr,
-        optimizer=config.optimizer,
-        weight_decay=config.weight_decay,
-        schedule=config.schedule,
-        lr_decay_epochs=tuple(milestones),
-        lr_decay_gamma=config.lr_decay_gamma,
-        warmup=config.warmup,
-        nesterov=config.nesterov,
-        clip_norm=config.clip_norm,
-        freeze_bn=config.freeze_bn,
-        precision=config.precision,
-        seed=config.seed,
-        save_minutes=config.save_minutes,
-    )
 
 
 def _loaders(

@@ -6,8 +6,8 @@ from pinned import case
 
 from metric_kd.cli.config import TrainConfig, default_save_dir, to_dict, with_rate
 from metric_kd.cli.losses import fold
+from metric_kd.cli.making import make_settings
 from metric_kd.cli.parse import parse, presets
-from metric_kd.cli.session import make_settings
 from metric_kd.errors import UserError
 
 TEACHER = "--mode train --dataset cub200 --base resnet50 --sample distance --margin 0.2 --embedding_size 512 --save_dir teacher"
@@ -229,7 +229,7 @@ def test_a_classification_starts_from_preset_zoo_and_flags_win():
 
 def test_milestones_scale_with_epochs():
     """Epochs 1..100 at the full rate, 101..150 at a tenth, then a hundredth (the Zoo); the same shares of 20 epochs."""
-    from metric_kd.cli.session import make_settings
+    from metric_kd.cli.making import make_settings
     from metric_kd.engine.optimisation import learning_rate
 
     config = parse("train", ["--preset", "zoo"]).config
@@ -242,7 +242,7 @@ def test_milestones_scale_with_epochs():
 
 
 def test_a_stage_follows_the_zoos_own_schedule():
-    from metric_kd.cli.session import make_settings
+    from metric_kd.cli.making import make_settings
     from metric_kd.engine.optimisation import learning_rate, stage_settings
     from metric_kd.losses.term import TERMS
 

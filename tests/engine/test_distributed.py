@@ -24,8 +24,8 @@ from torch.multiprocessing import start_processes
 
 import metric_kd.distill  # noqa: F401 (registers the methods)
 from metric_kd import distributed
+from metric_kd.cli.making import synchronise
 from metric_kd.cli.plugins import load_plugins
-from metric_kd.cli.session import synchronise
 from metric_kd.cli.train import main
 from metric_kd.data.batches import ClassBalancedBatches, ShuffledBatches
 from metric_kd.data.loading import ImageLoader

@@ -11,8 +11,9 @@ from torch.nn import functional as F
 from metric_kd.cli import imitating
 from metric_kd.cli.distill import main as distill
 from metric_kd.cli.main import main as command
+from metric_kd.cli.making import make_task
 from metric_kd.cli.parse import parse
-from metric_kd.cli.session import build, checked, make_task
+from metric_kd.cli.session import build, checked
 from metric_kd.cli.train import main as train
 from metric_kd.engine.checkpoint import read_checkpoint, write_checkpoint
 from metric_kd.engine.imitation import HeadFit, Imitation

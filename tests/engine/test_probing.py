@@ -10,9 +10,10 @@ from killing import Killed, history, kill_at, same
 from tiny import TINY, write_images
 
 from metric_kd.cli.main import main as command
+from metric_kd.cli.making import make_settings
 from metric_kd.cli.parse import parse
 from metric_kd.cli.probe import main as probe
-from metric_kd.cli.session import checked, make_settings
+from metric_kd.cli.session import checked
 from metric_kd.cli.train import main as train
 from metric_kd.engine.checkpoint import read_checkpoint, write_checkpoint
 from metric_kd.engine.probing import Probe, probed
