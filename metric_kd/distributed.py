@@ -27,14 +27,21 @@ def world_size() -> int:
     return dist.get_world_size() if dist.is_available() and dist.is_initialized() else 1
 
 
+def announced() -> int:
+    """How many processes ``torchrun`` has started for this run, whether or not they have met."""
+    return int(os.environ.get("WORLD_SIZE", "1"))
+
+
 def is_main() -> bool:
-    """Whether this process writes files and prints results."""
+    """Whether this process writes files and prints results; known before the processes meet."""
+    if announced() > 1 and world_size() == 1:
+        return os.environ.get("RANK", "0") == "0"
     return rank() == 0
 
 
 def start(device: torch.device) -> None:
     """Join the group that ``torchrun`` announced in the environment: NCCL on CUDA, gloo elsewhere."""
-    if int(os.environ.get("WORLD_SIZE", "1")) > 1 and not dist.is_initialized():
+    if announced() > 1 and not dist.is_initialized():
         if device.type == "cuda":
             torch.cuda.set_device(local_rank())
         dist.init_process_group("nccl" if device.type == "cuda" else "gloo", timeout=patience())
@@ -58,14 +65,13 @@ def patience() -> timedelta:
 
 def lost(error: BaseException) -> str | None:
     """What to tell the user where an error says that another process died, hung or could not be found; else None."""
-    if int(os.environ.get("WORLD_SIZE", "1")) == 1 and world_size() == 1:
+    if announced() == 1 and world_size() == 1:
         return None
     text = str(error)
     if not isinstance(error, dist.DistError) and not (isinstance(error, RuntimeError) and _OF_THE_GROUP.search(text)):
         return None
-    reason = re.sub(r"^\[[^]]*\] *", "", text.strip().partition("\n")[0]).rstrip(
-        "."
-    )  # without the place in gloo's code
+    first = re.split(r"\n|\. ", text.strip())[0]  # what follows is advice to programmers
+    reason = re.sub(r"\[[^]]*\.\w+:\d+\] *", "", first).rstrip(".")  # without the place in gloo's code
     return (
         f"another process of this run died or did not answer in time ({reason}); see what it said, and start the same "
         "command again, which goes on from the last checkpoint."

@@ -16,3 +16,10 @@ def eval_mode(*networks: nn.Module) -> Iterator[None]:
     finally:
         for module, training in modes:
             module.training = training
+
+
+def freeze_batch_norm(network: nn.Module) -> None:
+    """Use, and do not update, the running statistics of batch normalisation."""
+    for module in network.modules():
+        if isinstance(module, nn.modules.batchnorm._BatchNorm):
+            module.eval()

@@ -15,10 +15,12 @@ from torch import Tensor, nn
 from metric_kd.cli.config import DistillConfig, known_keys
 from metric_kd.cli.goals import goal_of, network_spec
 from metric_kd.cli.networks import teacher_of
+from metric_kd.cli.pack import pack_for
 from metric_kd.cli.parse import parse, read_words
 from metric_kd.cli.session import Session, build, checked
 from metric_kd.cli.stored import run_of
 from metric_kd.data.loading import ImageLoader
+from metric_kd.data.records import Splits
 from metric_kd.data.transforms import Geometry
 from metric_kd.distill.granularity import CodedTeacher, Encoders
 from metric_kd.engine.checkpoint import find_checkpoint, read_checkpoint, restore_network, write_atomically, write_text
@@ -55,9 +57,12 @@ def main(arguments: Sequence[str], program: str | None = None) -> int:
         raise UserError(f"{options.run} was trained without a teacher; name a network, as in --against RUN_OR_FILE.")
     find_checkpoint(against, "teacher")
     evaluation = ["--mode", "eval", "--load", options.run, "--batch", str(options.batch), "--device", options.device]
+    evaluation += [f"--{key}={value}" for key in ("pack", "pack_jpeg") if (value := getattr(options, key)) is not None]
     evaluation += ["--skip_unreadable"] if config.get("skip_unreadable") else []
     evaluation += [f"--plugins={plugin}" for plugin in config.get("plugins", [])]
     session = build(checked(parse("train", evaluation, program)))
+    for note in session.notes:
+        print(note)
     try:
         student, teacher = _networks(session, options.run, against, config)
         found = analysis(session, student, teacher)
@@ -110,7 +115,8 @@ def _loader_for(session: Session, network: Any) -> ImageLoader:
     if network.spec.input_size == session.config.input_size:
         return session.test
     geometry = Geometry(input_size=network.spec.input_size, flip=False)
-    return ImageLoader(session.test.records, geometry, seed=0, workers=session.config.workers)
+    pack = pack_for(session.config, Splits(session.test.records, session.test.records), [])
+    return ImageLoader(session.test.records, geometry, seed=0, workers=session.config.workers, pack=pack)
 
 
 def _networks(session: Session, path: str, against: str, stored: dict[str, Any]) -> tuple[nn.Module, nn.Module]:
@@ -159,5 +165,7 @@ def _parser(program: str | None) -> Any:
     parser.add_argument("run", type=str, help="run directory or checkpoint of the student")
     parser.add_argument("--against", type=str, default=None, help="the other network; default the run's teacher")
     parser.add_argument("--batch", type=int, default=256, help="images per forward pass")
+    parser.add_argument("--pack", type=str | None, default=None, help="read the images from it, as run.py does")
+    parser.add_argument("--pack_jpeg", type=int | None, default=None, help="quality of a --pack of JPEG images")
     parser.add_argument("--device", type=Literal["auto", "cpu", "cuda"], default="auto", help="where to compute")
     return parser

@@ -36,7 +36,17 @@ class RunConfig:
     student_init: str | None = flag(
         None, "file of starting weights that several runs share; written by the first of them"
     )
-    batch: int = flag(64, "images per step, over all processes")
+    batch: int = flag(
+        64, "images per pass through the networks, over all processes; a step, unless a flag below says more"
+    )
+    accumulate: int = flag(
+        1,
+        "batches in a step, one after the other, their gradients averaged; losses that relate images see one batch each",
+    )
+    relation_batch: int | None = flag(
+        None,
+        "images per step whose relations losses see, a multiple of --batch; the student takes --batch at a time, twice",
+    )
     num_image_per_class: int = flag(5, "images of each class in a batch (embedding)")
     epochs: int = flag(40, "epochs")
     iter_per_epoch: int | None = flag(None, "steps per epoch; default 100, for classification once through the images")
@@ -60,7 +70,13 @@ class RunConfig:
     seed: int = flag(0, "seed of everything random")
     save_dir: str | None = flag(None, "where the run goes; default runs/<command>-<dataset>-<base>-<hash>")
     device: Literal["auto", "cpu", "cuda"] = flag("auto", "where to compute")
-    precision: Literal["fp32", "bf16", "fp16"] = flag("fp32", "precision of the networks; losses stay in float32")
+    precision: Literal["auto", "fp32", "bf16", "fp16"] = flag(
+        "fp32",
+        "precision of the networks, losses stay in float32; auto: bf16 where the device has it in hardware, else fp32",
+    )
+    compile: bool = flag(
+        False, "torch.compile the networks' passes of training; begins slowly, and the last bits are others"
+    )
     workers: int = flag(0, "processes that decode images")
     pack: str | None = flag(
         None, "read images from this file of `metric-kd pack`; auto: from DATA/.packs, made where there is none"
@@ -123,7 +139,18 @@ class DistillConfig(RunConfig):
     teacher_embedding_size: int = flag(128, "likewise its embedding size")
     teacher_l2normalize: bool = flag(True, "likewise whether its embeddings have length 1")
     teacher_load: str | None = flag(
-        None, "the teacher: a run, a checkpoint or a state dict (required without --mutual)"
+        None,
+        "the teacher: a run, a checkpoint, a state dict, or FILE.npy of embeddings with their paths in FILE.csv "
+        "(required without --mutual)",
+    )
+    teacher_cache: str | None = flag(
+        None, "ask the teacher once and keep its answers in this file, made where there is none (with --views)"
+    )
+    views: int = flag(0, "show every training image in this many fixed crops; 0: in new ones every epoch")
+    view_seed: int = flag(0, "seed of the fixed crops; runs of several --seed share them")
+    unlabelled: bool = flag(
+        False,
+        "--data is any folder of images, without classes; measured by the neighbours that student and teacher share",
     )
     teacher_input_size: int | None = flag(None, "image side for the teacher; default the size it was trained with")
     mutual: list[str] = flag(
@@ -212,6 +239,12 @@ def with_rate(config: RunConfig) -> RunConfig:
 
 def is_evaluation(config: RunConfig) -> bool:
     return isinstance(config, TrainConfig) and config.mode == "eval"
+
+
+def array_of(config: RunConfig) -> str | None:
+    """The file of embeddings that is the teacher; None where that is a network, or there is none."""
+    path = config.teacher_load if isinstance(config, DistillConfig) else None
+    return path if path is not None and path.endswith(".npy") else None
 
 
 def fit_head_of(config: RunConfig) -> str | None:

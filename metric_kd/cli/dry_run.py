@@ -8,11 +8,13 @@ from typing import Any
 
 import torch
 
+from metric_kd import distributed
 from metric_kd.cli.config import default_save_dir, to_dict
 from metric_kd.cli.fitting import fit
 from metric_kd.cli.making import make_batches, make_settings, make_task
 from metric_kd.cli.parse import Parsed, parse
 from metric_kd.cli.session import Session, build, checked
+from metric_kd.cli.unlabelled import is_unlabelled
 from metric_kd.engine.memory import peak_memory, reset_peak_memory
 from metric_kd.engine.run_directory import RunDirectory
 from metric_kd.engine.tasks import Task
@@ -48,9 +50,8 @@ def dry_run(command: str, arguments: Sequence[str]) -> dict[str, Any]:
     child.join()
     if "error" in outcome:
         raise UserError(outcome["error"])
-    for note in outcome["notes"]:
-        print(note)
-    print(outcome["summary"])
+    if distributed.is_main():
+        print("\n".join([*outcome["notes"], outcome["summary"]]))
     return dict(outcome)
 
 
@@ -78,6 +79,8 @@ def _one_step(command: str, arguments: list[str]) -> dict[str, Any]:
     sizes = (
         f"{len(train)} training images of {train.num_classes} classes, {len(test)} test images of {test.num_classes}"
     )
+    if is_unlabelled(session.config):
+        sizes = f"{len(train)} training images, {len(test)} held out"
     summary = f"data: {sizes}\n{cost}\nnothing was trained; the run would write {run.path}"
     return {"summary": summary, "notes": session.notes}
 
@@ -89,7 +92,7 @@ def _measured(session: Session) -> str:
     order = batches.epoch(1)
     settings = make_settings(session.config, len(order))
     trainer = Trainer(task, settings, RunDirectory("."), session.train, batches, session.device)
-    batch = next(iter(session.train.train(order[:1], 1))).to(session.device)
+    drawn = [batch.to(session.device) for batch in session.train.train(order[: settings.accumulate], 1)]
     before = reset_peak_memory()
     lines = []
     for number in range(len(trainer.stages)):
@@ -97,7 +100,7 @@ def _measured(session: Session) -> str:
         if trainer.stage_name is None:
             trainer.epoch = _busiest_epoch(session.config.epochs, task)
         started = time.perf_counter()
-        values = trainer.trial_step(batch)
+        values = trainer.trial_step(*drawn)
         seconds = time.perf_counter() - started
         text = ", ".join(f"{name} {value:.4f}" for name, value in values.items())
         if trainer.stage_name is not None:

@@ -13,10 +13,14 @@ from metric_kd.cli.making import make_batches, make_settings, make_task
 from metric_kd.cli.networks import share_start
 from metric_kd.cli.parse import Parsed
 from metric_kd.cli.session import Session, build, checked
+from metric_kd.cli.unlabelled import is_unlabelled
+from metric_kd.data.batches import check_share
+from metric_kd.engine import compiling
 from metric_kd.engine.checkpoint import read_checkpoint, write_text
 from metric_kd.engine.logging import Observer, TensorBoard
 from metric_kd.engine.reproducibility import weights_digest
 from metric_kd.engine.run_directory import RunDirectory
+from metric_kd.engine.stored_teacher import StoredTeacher
 from metric_kd.engine.tasks import Task
 from metric_kd.engine.trainer import BatchSampler, Trainer
 from metric_kd.engine.weight_record import WeightRecord, chosen_epochs
@@ -27,6 +31,7 @@ from metric_kd.evaluation.search import backend
 def fit(command: str, parsed: Parsed) -> dict[str, float]:
     """Run a training or distillation from its config to its result; returns the final metrics (fractions)."""
     parsed = checked(parsed)
+    check_share(parsed.config.batch, distributed.announced())
     config = to_dict(parsed.config)
     run = RunDirectory(parsed.config.save_dir or default_save_dir(command, parsed.config))
     fresh = parsed.config.resume == "never"
@@ -77,8 +82,12 @@ def _fit(
         about=about,
     )
     trainer.environment |= {"data": session.train.records.fingerprint()}
-    if session.teacher is not None:
-        trainer.environment["teacher"] = weights_digest(session.teacher)
+    if isinstance(session.teacher, StoredTeacher):
+        trainer.environment |= session.teacher.about
+    elif session.teacher is not None:
+        trainer.environment |= {"teacher": weights_digest(session.teacher), "teacher_cache": None}
+    if session.config.compile:
+        trainer.environment["compiled by"] = str(compiling.BACKEND)
     for note in session.notes:
         say(note)
     observers = _recorders(session, run, trainer)
@@ -164,7 +173,7 @@ def _result(session: Session, run: RunDirectory, trainer: Trainer, name: str) ->
     if distributed.is_main():
         network.load_state_dict(read_checkpoint(run.best_of(name))["model"])
     distributed.copy_from_main(network.state_dict().values())
-    what = "images" if session.config.task == "classification" else "classes"
+    what = "images" if session.config.task == "classification" or is_unlabelled(session.config) else "classes"
     return Result(on_test(network), final, f"{epoch}, selected on held-out training {what}")
 
 

@@ -13,6 +13,7 @@ from torch import nn
 
 from metric_kd import distributed
 from metric_kd.cli.config import NETWORK_FIELDS, RunConfig
+from metric_kd.cli.unlabelled import Unlabelled, is_unlabelled, load_unlabelled
 from metric_kd.data import load_dataset
 from metric_kd.data.batches import ClassBalancedBatches, ShuffledBatches
 from metric_kd.data.loading import ImageLoader
@@ -34,7 +35,7 @@ Evaluate = Callable[[nn.Module], dict[str, float]]
 
 
 class Goal(Protocol):
-    """The two goals below have these methods."""
+    """The goals below have these methods, and those of :mod:`metric_kd.cli.unlabelled` and ``imitating``."""
 
     def hold_out(self, train: ImageRecords) -> Splits:
         """(to fit, to select by) for ``--select val``."""
@@ -227,11 +228,15 @@ def _part(loader: ImageLoader, batch: int) -> tuple[Iterator[Batch], int]:
 
 def goal_of(config: RunConfig) -> Goal:
     """The goal that --task names."""
+    if is_unlabelled(config):
+        return Unlabelled()
     return Classification() if config.task == "classification" else Retrieval(config.classifier)
 
 
 def load_splits(config: RunConfig) -> Splits:
     """Training and test images as the goal needs them."""
+    if is_unlabelled(config):
+        return load_unlabelled(config)
     return load_dataset(
         config.dataset,
         config.data,

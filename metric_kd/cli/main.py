@@ -23,6 +23,8 @@ COMMANDS = {
     "list": "names of datasets, backbones, samplers, losses or methods",
 }
 _MODULES = {"eval": "evaluate", "list": "listing"}
+ALONE = ("analyse", "quantify", "pack", "embed", "list")
+"""Commands of one process: several would do the same and write the same files."""
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -35,8 +37,12 @@ def main(arguments: Sequence[str] | None = None) -> int:
         return 0
 
     def command(rest: Sequence[str], program: str | None) -> int:
+        from metric_kd.distributed import announced
+
         if arguments[0] not in COMMANDS:
             raise one_of("command", arguments[0], list(COMMANDS))
+        if arguments[0] in ALONE and announced() > 1:
+            raise UserError(f"{arguments[0]} works in one process; start it without torchrun.")
         module = importlib.import_module(f"metric_kd.cli.{_MODULES.get(arguments[0], arguments[0])}")
         return int(module.main(rest, program))
 
@@ -82,7 +88,7 @@ def run(command: Callable[[Sequence[str], str | None], int], arguments: Sequence
         print(f"error: {sentence}", file=sys.stderr)
         return 2
     except OSError as error:
-        if error.errno not in (errno.ENOSPC, errno.EDQUOT, errno.EACCES, errno.EROFS):
+        if error.errno not in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EACCES, errno.EROFS):
             raise
         print(
             f"error: {error.strerror}: {error.filename or 'a file of the run'}; make room or permit it.",

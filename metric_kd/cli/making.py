@@ -1,5 +1,6 @@
 """From a session to what the trainer takes: the task, the batches and the settings."""
 
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -8,12 +9,14 @@ from torch import nn
 from metric_kd import distributed
 from metric_kd.cli.config import DistillConfig, ProbeConfig, RunConfig, fit_head_of
 from metric_kd.cli.session import Session
-from metric_kd.distill.granularity import Coders, Encoders
+from metric_kd.distill.granularity import CodedTeacher, Coders, Encoders
 from metric_kd.engine.coding import Coding
+from metric_kd.engine.compiling import compiled
 from metric_kd.engine.imitation import HeadFit, Imitation
 from metric_kd.engine.mutual import Mutual
 from metric_kd.engine.optimisation import Settings, milestone
 from metric_kd.engine.probing import Probe
+from metric_kd.engine.stored_teacher import StoredTeacher
 from metric_kd.engine.tasks import Solo
 from metric_kd.errors import UserError
 from metric_kd.losses.objective import Objective
@@ -23,6 +26,7 @@ from metric_kd.models.network import Network
 def make_task(session: Session) -> Solo | Mutual | Coding:
     """The student, the objective and the teacher (or the peers) as one module, its trained parts built under the seed."""
     config, losses = session.config, session.losses
+    teacher = None if isinstance(session.teacher, StoredTeacher) else session.teacher
     torch.manual_seed(config.seed + 1)
     if config.sync_bn:
         for network in (session.student, *session.peers.values()):
@@ -46,9 +50,9 @@ def make_task(session: Session) -> Solo | Mutual | Coding:
         if isinstance(config, ProbeConfig):
             task = Probe(session.student, objective, config.precision)
         elif (layer := fit_head_of(config)) is not None:
-            task = HeadFit(session.student, session.teacher, objective, layer, config.precision)
+            task = HeadFit(session.student, teacher, objective, layer, config.precision)
         elif isinstance(config, DistillConfig) and config.imitate is not None:
-            task = Imitation(session.student, session.teacher, objective, config.precision)
+            task = Imitation(session.student, teacher, objective, config.precision)
         else:
             task = Solo(session.student, session.teacher, objective, config.precision)
     records = session.train.records
@@ -59,7 +63,11 @@ def make_task(session: Session) -> Solo | Mutual | Coding:
             synchronise(objective)
     for epoch in range(1, config.epochs + 1):
         task.begin_epoch(epoch, config.epochs)
-    return task.to(session.device)
+    task = task.to(session.device)
+    if config.compile:
+        networks = [*task.networks.values(), session.teacher]
+        task.compiled = compiled((n for n in networks if isinstance(n, Network | CodedTeacher)), session.device)
+    return task
 
 
 def synchronise(module: nn.Module) -> None:
@@ -69,17 +77,25 @@ def synchronise(module: nn.Module) -> None:
 
 
 def make_batches(session: Session) -> Any:
-    """Which images make a batch, as the goal wants it."""
-    return session.goal.batches(session.config, session.losses, session.train.records)
+    """Which images make a batch, as the goal wants it; so many batches that the asked-for steps make an epoch."""
+    config, steps = session.config, session.config.iter_per_epoch
+    drawn = replace(
+        config,
+        batch=config.relation_batch or config.batch,
+        iter_per_epoch=None if steps is None else steps * config.accumulate,
+    )
+    return session.goal.batches(drawn, session.losses, session.train.records)
 
 
 def make_settings(config: RunConfig, iterations: int) -> Settings:
-    """The trainer's settings; ``iterations`` steps make an epoch."""
+    """The trainer's settings; ``iterations`` batches make an epoch."""
     at = config.lr_decay_at
     milestones = config.lr_decay_epochs if at is None else [milestone(share, config.epochs) for share in at]
     return Settings(
         epochs=config.epochs,
-        iterations=iterations,
+        iterations=-(-iterations // config.accumulate),
+        accumulate=config.accumulate,
+        chunk=0 if config.relation_batch is None else config.batch // distributed.world_size(),
         lr=config.lr,
         optimizer=config.optimizer,
         weight_decay=config.weight_decay,

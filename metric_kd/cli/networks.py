@@ -13,6 +13,7 @@ from metric_kd.cli.config import (
     GranularityConfig,
     ProbeConfig,
     RunConfig,
+    array_of,
     fit_head_of,
     is_evaluation,
 )
@@ -40,7 +41,7 @@ def _given_fields(config: RunConfig, given: frozenset[str], prefix: str) -> dict
 
 def teacher_of(config: RunConfig, given: frozenset[str], head: dict[str, Any]) -> Network | CodedTeacher | None:
     """The teacher, with its coders where --granularity_load names them."""
-    if not isinstance(config, DistillConfig) or config.mutual or config.teacher_load is None:
+    if not isinstance(config, DistillConfig) or config.mutual or config.teacher_load is None or array_of(config):
         return None
     fallback = network_spec(config, "teacher_", default_pixels(config.teacher_base) or Pixels(), head)
     teacher = restore_network(config.teacher_load, fallback, _given_fields(config, given, "teacher_"), "teacher")

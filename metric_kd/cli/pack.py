@@ -8,6 +8,7 @@ from typing import Any
 from metric_kd.cli.config import RunConfig
 from metric_kd.cli.parse import read_words
 from metric_kd.cli.plugins import load_plugins
+from metric_kd.cli.unlabelled import is_unlabelled
 from metric_kd.data import DATASETS, load_dataset
 from metric_kd.data.decode import THREADS
 from metric_kd.data.pack import Pack, Packs
@@ -78,10 +79,11 @@ def pack_for(config: RunConfig, splits: Splits, notes: list[str]) -> Packs | Non
         return None
     if config.pack != "auto":
         return _accepted(Pack(config.pack), config.pack_jpeg)
+    bare = is_unlabelled(config)
     return AutoPack(
         folder_beside(config.data),
-        name_of(config.dataset, config.data),
-        lambda: [*every_image(config.dataset, config.data), *splits],
+        "unlabelled" if bare else name_of(config.dataset, config.data),
+        lambda: [*splits] if bare else [*every_image(config.dataset, config.data), *splits],
         quality=config.pack_jpeg,
         skip_unreadable=config.skip_unreadable,
         progress=is_main(),

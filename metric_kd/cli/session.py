@@ -4,6 +4,7 @@ from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
+from torch import nn
 
 from metric_kd import distributed
 from metric_kd.cli.config import (
@@ -11,6 +12,7 @@ from metric_kd.cli.config import (
     GranularityConfig,
     ProbeConfig,
     RunConfig,
+    array_of,
     is_evaluation,
     with_rate,
 )
@@ -22,14 +24,17 @@ from metric_kd.cli.pack import pack_for
 from metric_kd.cli.parse import Parsed
 from metric_kd.cli.plugins import load_plugins
 from metric_kd.cli.stored import with_checkpoints
+from metric_kd.cli.teacher_cache import views_of, with_stored
+from metric_kd.cli.unlabelled import Unlabelled, is_unlabelled, targets_of
 from metric_kd.cli.validate import validate
 from metric_kd.data.loading import ImageLoader
 from metric_kd.data.pack import Packs
 from metric_kd.data.records import Splits
 from metric_kd.data.transforms import Geometry
-from metric_kd.devices import choose_device
+from metric_kd.devices import choose_device, has_bf16, resolve_precision
 from metric_kd.distill.granularity import CodedTeacher, Coders
 from metric_kd.engine.reproducibility import deterministic_algorithms
+from metric_kd.engine.stored_teacher import StoredTeacher
 from metric_kd.errors import UserError
 from metric_kd.evaluation.classification import default_top
 from metric_kd.losses.objective import LossSpec, Objective, require_provided
@@ -49,19 +54,23 @@ class Session:
     validation: ImageLoader | None
     student: Network | Coders
     """What is trained."""
-    teacher: Network | CodedTeacher | None
+    teacher: Network | CodedTeacher | StoredTeacher | None
     notes: list[str]
     """What a user should know before the run starts: what was loaded, left out, skipped."""
     peers: dict[str, Network] = field(default_factory=dict)
     """What is trained along, by name (--mutual)."""
+    targets: dict[ImageLoader, torch.Tensor] = field(default_factory=dict)
+    """The teacher's embeddings of held-out images (--unlabelled)."""
 
     @property
     def goal(self) -> Goal:
+        if is_unlabelled(self.config):
+            return Unlabelled(self.targets)
         goal = goal_of(self.config)
         if isinstance(self.student, Coders):
             assert isinstance(self.teacher, Network)
             return Decoding(goal, self.teacher)
-        return imitating(self.config, goal, self.teacher)
+        return imitating(self.config, goal, self.teacher if isinstance(self.teacher, nn.Module) else None)
 
     @property
     def losses(self) -> list[LossSpec]:
@@ -81,26 +90,32 @@ class Session:
 
 def checked(parsed: Parsed) -> Parsed:
     """The config with everything that can be known without data filled in: one list of losses, the checkpoints' networks,
-    input sizes. Raises ``UserError`` with the first thing that is wrong with it.
+    input sizes, the precision. Raises ``UserError`` with the first thing that is wrong with it.
     """
     load_plugins(parsed.config.plugins)
     config = with_checkpoints(_with_goal(fold(parsed.config), parsed.given), parsed.given)
+    if is_unlabelled(config) and "dataset" not in parsed.given:
+        config = replace(config, dataset="folder")
     if isinstance(config, DistillConfig) and config.mutual and config.peer_lr is None:
         config = replace(config, peer_lr=[with_rate(replace(config, base=base)).lr for base in config.mutual])
     config = with_rate(config)
     sentences = validate(config)
     if sentences:
         raise UserError(sentences[0])
+    config = replace(config, precision=resolve_precision(config.precision, choose_device(config.device)))
     config = replace(config, input_size=check_base(config.base, config.input_size))
-    if isinstance(config, DistillConfig) and config.teacher_load is not None:
+    if isinstance(config, DistillConfig) and config.teacher_load is not None and array_of(config) is None:
         config = replace(config, teacher_input_size=check_base(config.teacher_base, config.teacher_input_size))
     return Parsed(config, parsed.given)
 
 
 def _with_goal(config: RunConfig, given: frozenset[str]) -> RunConfig:
-    """Defaults that depend on the goal: a classifier's embedding is its pooled feature, an epoch of embeddings 100 steps."""
+    """Defaults that depend on the goal: a classifier's embedding is its pooled feature, an epoch of embeddings 100 steps
+    where batches are drawn by class.
+    """
     if config.task != "classification":
         balanced = config.iter_per_epoch is None and not isinstance(config, GranularityConfig)
+        balanced = balanced and not is_unlabelled(config)
         return replace(config, iter_per_epoch=100) if balanced else config
     plain = {"embedding_size": 0, "l2normalize": False}
     if isinstance(config, DistillConfig):
@@ -117,6 +132,10 @@ def build(parsed: Parsed) -> Session:
         deterministic_algorithms()
     notes: list[str] = []
     evaluating = is_evaluation(config)
+    if len(set(distributed.gather_objects(config.precision))) > 1:
+        raise UserError("not all of these machines have bf16 in hardware; give all processes one --precision.")
+    if config.precision == "fp32" and not evaluating and "precision" not in given and has_bf16(device):
+        notes.append("this machine computes bf16 in hardware: --precision auto trains most networks faster")
     splits = load_splits(config)
     if not config.top:
         config = replace(config, top=list(default_top(splits.test.num_classes)))
@@ -145,12 +164,15 @@ def build(parsed: Parsed) -> Session:
     for loader in (test, validation):
         if loader is not None:
             goal_of(config).check(config, loader.records, measured)
-    session = Session(config, device, train, test, validation, student.to(device), teacher, notes, peers)
     for network in peers.values():
         network.to(device)
     if teacher is not None:
         teacher.to(device).eval().requires_grad_(False)
-    return session
+    held = {name: loader for name, loader in (("test", test), ("validation", validation)) if loader is not None}
+    held = held if is_unlabelled(config) else {}
+    taught = with_stored(config, teacher, train, held, device, notes)
+    targets = targets_of(config, taught, held, device)
+    return Session(config, device, train, test, validation, student.to(device), taught, notes, peers, targets)
 
 
 def _check_losses(
@@ -195,12 +217,13 @@ def _loaders(
     if isinstance(config, ProbeConfig):  # the whole image, shrunk, as the papers do
         flip, side = flip and config.flip, size
     other = config.teacher_input_size if isinstance(config, DistillConfig) and not config.mutual else None
-    other = None if other == size else other
-    compared = isinstance(config, DistillConfig) and config.imitate is not None  # both see the test images as well
+    other = None if other == size or array_of(config) else other
+    # Whether both see the test images as well.
+    compared = isinstance(config, DistillConfig) and (config.imitate is not None or config.unlabelled)
     test_only = Geometry(input_size=size, teacher_input_size=other if compared else None, resize=side, flip=False)
     test = ImageLoader(splits.test, test_only, **common)
     if evaluating:
         return test, None, test
     held = None if validation is None else ImageLoader(validation, test_only, **common)
     geometry = Geometry(input_size=size, teacher_input_size=other, resize=side, flip=flip)
-    return ImageLoader(fit, geometry, **common), held, test
+    return ImageLoader(fit, geometry, views=views_of(config), **common), held, test

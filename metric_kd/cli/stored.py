@@ -10,6 +10,7 @@ from metric_kd.cli.config import (
     GranularityConfig,
     ProbeConfig,
     RunConfig,
+    array_of,
     fit_head_of,
     is_evaluation,
 )
@@ -30,7 +31,7 @@ def with_checkpoints(config: RunConfig, given: frozenset[str]) -> RunConfig:
 
     Flags that contradict a checkpoint are kept here and refused when it is loaded.
     """
-    if isinstance(config, DistillConfig) and config.teacher_load is not None:
+    if isinstance(config, DistillConfig) and config.teacher_load is not None and array_of(config) is None:
         config = _adopt(config, config.teacher_load, "teacher_", given, "teacher")
     if isinstance(config, GranularityConfig) and config.teacher_load is not None:
         config = _adopt(config, config.teacher_load, "", given, "teacher")

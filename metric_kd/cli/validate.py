@@ -4,6 +4,7 @@ from collections.abc import Callable, Iterable
 from functools import partial
 from pathlib import Path
 
+from metric_kd.cli import steps, teacher_cache, unlabelled
 from metric_kd.cli.config import (
     DistillConfig,
     GranularityConfig,
@@ -31,7 +32,18 @@ def validate(config: RunConfig) -> list[str]:
     """What is wrong with a config, one sentence each; empty where nothing is. Reads no data and no weights."""
     return [
         sentence
-        for check in (_names, _sizes, _schedule, _networks, _files, _device, _losses)
+        for check in (
+            _names,
+            _sizes,
+            _schedule,
+            _networks,
+            _files,
+            _device,
+            _losses,
+            steps.refusals,
+            teacher_cache.refusals,
+            unlabelled.refusals,
+        )
         for sentence in check(config)
     ]
 
@@ -52,14 +64,25 @@ def _names(config: RunConfig) -> list[str]:
 
 def _sizes(config: RunConfig) -> list[str]:
     sentences = []
-    for key in ("batch", "num_image_per_class", "epochs", "iter_per_epoch", "eval_every"):
+    for key in (
+        "batch",
+        "accumulate",
+        "relation_batch",
+        "num_image_per_class",
+        "epochs",
+        "iter_per_epoch",
+        "eval_every",
+    ):
         if getattr(config, key) is not None and getattr(config, key) < 1:
             sentences.append(f"--{key} is {getattr(config, key)}; give 1 or more.")
     by_class = config.task == "embedding" and not isinstance(config, GranularityConfig)
-    if by_class and config.num_image_per_class >= 1 and config.batch <= config.num_image_per_class:
+    by_class = by_class and not unlabelled.is_unlabelled(config)
+    key = "batch" if config.relation_batch is None else "relation_batch"
+    drawn = getattr(config, key)
+    if by_class and config.num_image_per_class >= 1 and drawn <= config.num_image_per_class:
         sentences.append(
-            f"--batch {config.batch} holds fewer than two classes of --num_image_per_class {config.num_image_per_class}; "
-            "raise --batch or lower --num_image_per_class."
+            f"--{key} {drawn} holds fewer than two classes of --num_image_per_class {config.num_image_per_class}; "
+            f"raise --{key} or lower --num_image_per_class."
         )
     if isinstance(config, GranularityConfig):
         for key in ("abstract_dim", "detailed_dim"):
@@ -159,7 +182,8 @@ def _files(config: RunConfig) -> list[str]:
         elif not start.exists():
             sentences += _refusals((partial(check_folder, start.parent, "--student_init"),))
     if config.pack not in (None, "auto") and not Path(str(config.pack)).is_file():
-        sentences.append(f"--pack {config.pack} does not exist; make it with `metric-kd pack --out`, or give auto.")
+        what = "is a folder" if Path(str(config.pack)).is_dir() else "does not exist"
+        sentences.append(f"--pack {config.pack} {what}; make a file with `metric-kd pack --out FILE`, or give auto.")
     if config.pack_jpeg is not None and config.pack is None:
         sentences.append("--pack_jpeg says what --pack holds; give --pack FILE or auto too.")
     sentences += _refusals((partial(check_quality, "--pack_jpeg", config.pack_jpeg),))

@@ -38,6 +38,11 @@ def _check_world(batch: int, rank: int, world: int) -> None:
         raise UserError(f"--batch is {batch}; give a positive number.")
     if not 0 <= rank < world:
         raise ValueError(f"rank {rank} is not one of {world}.")
+    check_share(batch, world)
+
+
+def check_share(batch: int, world: int) -> None:
+    """Raise ``UserError`` where a batch cannot be shared evenly; known before any data are."""
     if batch % world:
         raise UserError(f"--batch {batch} is shared by {world} processes; make it a multiple of {world}.")
 
@@ -46,7 +51,8 @@ class ClassBalancedBatches:
     """Batches of a few classes with several images each (the reference's NPairs sampler).
 
     Every batch permutes all classes and takes up to ``per_class`` random images of each, without replacement, until it
-    is full; the last class is cut short. A data set that cannot fill a batch gives smaller ones.
+    is full; the last class is cut short. A data set that cannot fill a batch gives smaller ones, of which several ranks
+    leave out the fewer than ``world`` images that cannot be shared evenly.
 
     labels: (N,) int64. batch: images over all ranks; a rank gets its even share, in order. iterations: batches per
     epoch. pairs: whether every class must offer a positive pair. Raises ``UserError`` where a batch holds one class
@@ -90,6 +96,8 @@ class ClassBalancedBatches:
         self._order = np.argsort(labels, kind="stable")
         self._starts = np.concatenate([[0], np.cumsum(counts)[:-1]])
         self._take = np.minimum(counts, per_class)
+        if (largest := int(self._take.sum())) < world:
+            raise UserError(f"batches have {largest} images for {world} processes; give more images, or start fewer.")
 
     def __len__(self) -> int:
         return self.iterations

@@ -61,6 +61,19 @@ def scan(root: "str | Path", name: str, classes: "list[str] | None" = None) -> I
     return ImageRecords(name, labels, tuple(names), paths=tuple(paths))
 
 
+def unlabelled(root: "str | Path") -> ImageRecords:
+    """Every image below ``root``, at any depth, as records of one class that says nothing.
+
+    Raises ``UserError`` where there is no such folder, and where it holds no images.
+    """
+    if not Path(root).is_dir():
+        raise UserError(f"the folder {root} does not exist; point --data at a folder of images.")
+    paths = images_below(root)
+    if not paths:
+        raise UserError(f"{root} holds no images; point --data at a folder of images, which is searched through.")
+    return ImageRecords("folder", np.zeros(len(paths), dtype=np.int64), ("unlabelled",), paths=tuple(paths))
+
+
 @DATASETS.register("folder")
 def folder(
     root: "str | Path",

@@ -15,31 +15,43 @@ from metric_kd.data import decode
 from metric_kd.data.pack import Located, Packs, decode_resized
 from metric_kd.data.records import ImageRecords
 from metric_kd.data.sources import MEMORY_SIDE, FileImages, ImageSource, MemoryImages, PackImages, side_of
-from metric_kd.data.transforms import Geometry
+from metric_kd.data.transforms import Crops, Geometry
+from metric_kd.data.views import Views
 from metric_kd.errors import UserError
 from metric_kd.types import Batch
 
-Request = tuple[np.ndarray, int | None]
-"""Rows of the records, and the epoch to augment for; None for the test view."""
+Request = tuple[np.ndarray, int | np.ndarray | None]
+"""Rows of the records, and the epoch to augment for, or which fixed view of each; None for the test view."""
 
 
 class _Batches:
     """Request -> Batch; what a worker process holds."""
 
-    def __init__(self, source: ImageSource, labels: np.ndarray, geometry: Geometry, seed: int):
-        self.source, self.labels, self.geometry, self.seed = source, labels, geometry, seed
+    def __init__(self, source: ImageSource, labels: np.ndarray, geometry: Geometry, seed: int, views: Views | None):
+        self.source, self.labels, self.geometry, self.seed, self.views = source, labels, geometry, seed, views
+        self.seen_by = geometry  # whose images a batch holds
 
     def make(self, request: Request, **reading: Callable) -> Batch:
-        rows, epoch = request
-        pixels, places = self.source.read(rows, **reading)
+        rows, shown = request
+        different, place = rows, slice(None)
+        if isinstance(shown, np.ndarray):  # several views of an image are cut from one decoding
+            different, place = np.unique(rows, return_inverse=True)
+        pixels, places = self.source.read(different, **reading)
+        crops, views = self._crops(rows, shown)
+        images, teacher_images = self.seen_by.views(self.geometry.cut(pixels, places[place], crops))
+        labels, indices = torch.from_numpy(self.labels[rows]), torch.from_numpy(np.array(rows))
+        return Batch(images, labels, indices, None if views is None else torch.from_numpy(views), teacher_images)
+
+    def _crops(self, rows: np.ndarray, shown: int | np.ndarray | None) -> tuple[Crops, np.ndarray | None]:
+        """Where the images are cut, and which fixed views these are."""
         side = self.source.side
-        if epoch is None:
-            crops = self.geometry.centre(len(rows), side)
-        else:
-            crops = self.geometry.draw(self.seed, epoch, rows, side)
-        images, teacher_images = self.geometry.views(self.geometry.cut(pixels, places, crops))
-        labels = torch.from_numpy(self.labels[rows])
-        return Batch(images, labels, torch.from_numpy(np.array(rows)), teacher_images=teacher_images)
+        if shown is None:
+            return self.geometry.centre(len(rows), side), None
+        if self.views is None:
+            assert isinstance(shown, int)
+            return self.geometry.draw(self.seed, shown, rows, side), None
+        views = self.views.shown(self.seed, shown, rows) if isinstance(shown, int) else shown
+        return self.views.crops(self.geometry, views, rows, side), views
 
     def __len__(self) -> int:
         return len(self.labels)
@@ -94,6 +106,7 @@ class ImageLoader:
     ``skipped``; otherwise ``UserError`` names the first such file, here where its first bytes show it, else when it is
     met. pin_memory: for asynchronous copies to a GPU; ignored without one. records: those in use, without the skipped.
     side: px of the square that an image is made before it is cropped. pack: the one that is read, or None.
+    views: the fixed views in which alone training shows the images; None: new ones in every epoch.
     """
 
     def __init__(
@@ -107,6 +120,7 @@ class ImageLoader:
         pin_memory: bool = False,
         progress: bool = False,
         pack: Packs | None = None,
+        views: Views | None = None,
     ):
         if len(records) == 0:
             raise UserError(f"{records.name} holds no images; check the data folder.")
@@ -118,7 +132,9 @@ class ImageLoader:
         self.side = source.side
         self.pack = source.pack if isinstance(source, PackImages) else None
         self.workers = 0 if isinstance(source, MemoryImages) else workers
-        self._batches = _Batches(source, np.ascontiguousarray(self.records.labels, dtype=np.int64), self.geometry, seed)
+        self.views = views
+        labels = np.ascontiguousarray(self.records.labels, dtype=np.int64)
+        self._batches = _Batches(source, labels, self.geometry, seed, views)
         self._agenda = _Agenda()
         self._pool: DataLoader | None = None
         self._busy = False
@@ -148,7 +164,7 @@ class ImageLoader:
         assert self.records.paths is not None
         if not (skip or good.all()):
             path = self.records.paths[int(good.argmin())]
-            raise decode.unreadable(path, "it could not be when it was packed")
+            raise decode.unreadable(path, located.pack.why_unreadable)
         self._keep(good)
         return PackImages(located._replace(rows=located.rows[good]))
 
@@ -189,7 +205,7 @@ class ImageLoader:
         self.records = records.select(good, renumber=False)  # a classifier keeps its classes
 
     def train(self, index_batches: Iterable[np.ndarray], epoch: int) -> Iterator[Batch]:
-        """Augmented batches of the given rows; the augmentation depends on seed, epoch and row only."""
+        """Augmented batches of the given rows; augmentation, or the choice of a view, depends on seed, epoch and row only."""
         return self._run([(np.asarray(rows), epoch) for rows in index_batches], keep=True)
 
     def test(self, batch_size: int, part: tuple[int, int] = (0, 1)) -> Iterator[Batch]:
@@ -199,8 +215,24 @@ class ImageLoader:
         return self._run([(np.arange(s, min(s + batch_size, len(self))), None) for s in starts], keep=False)
 
     def example(self, count: int) -> Batch:
-        """The test view of the first ``count`` images."""
-        return self._batches.make((np.arange(min(count, len(self))), None))
+        """The first ``count`` images: their test view or, of a loader with fixed views, their first."""
+        rows = np.arange(min(count, len(self)))
+        return self.fixed(rows, None if self.views is None else np.zeros_like(rows))
+
+    def fixed(self, rows: np.ndarray, views: np.ndarray | None) -> Batch:
+        """The given fixed view of each of the rows, or with None the test view."""
+        return self._batches.make((rows, views))
+
+    def every_view(self, parts: Iterable[np.ndarray]) -> Iterator[Batch]:
+        """Of each array of rows one batch: row by row all fixed views or, of a loader without such, the test view."""
+        if self.views is None:
+            return self._run([(rows, None) for rows in parts], keep=False)
+        every = np.arange(self.views.count)
+        return self._run([(np.repeat(rows, len(every)), np.tile(every, len(rows))) for rows in parts], keep=False)
+
+    def forget_teacher(self) -> None:
+        """From now on batches are the student's alone; what the student sees stays the same. Not within an epoch."""
+        self._batches.seen_by = Geometry(self.geometry.input_size)
 
     def close(self) -> None:
         """Stop the workers now. Left to the garbage collector, they may take ten seconds to notice."""

@@ -4,7 +4,7 @@ Layout (format "metric_kd pack 1"), every data set contiguous and uncompressed:
 
     images     (N, side, side, 3) uint8: bit for bit what reading the files gives;
     or, for a pack of quality Q, jpeg (B,) uint8 and ends (N,) int64: image k is jpeg[ends[k-1] : ends[k]], not bit-equal
-    labels     (N,) int64, rows of class_names;  paths (N,) bytes, relative to the folder that all images share
+    labels     (N,) int64, rows of class_names (bytes);  paths (N,) bytes, relative to the folder that all images share
     sizes, modified (N,) int64: bytes and nanoseconds of the source files;  readable (N,) uint8
     written    (1,) int64: rows that are in the file, N in a whole pack
     attributes: format, dataset, side, resize, quality (0: pixels), versions (JSON), key (digest of all of this)
@@ -118,6 +118,11 @@ class Pack:
 
     def __len__(self) -> int:
         return len(self.names)
+
+    @property
+    def why_unreadable(self) -> str:
+        """What is known of an image that is not ``readable``."""
+        return f"it could not be when {self.file} was made"
 
     def __getstate__(self) -> dict[str, Any]:
         """A process that is not forked maps the file itself, instead of getting a copy of it."""

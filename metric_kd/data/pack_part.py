@@ -37,7 +37,7 @@ class Source(NamedTuple):
         digest.update(b"\0".join(os.fsencode(name) for name in self.names))
         for column in (self.sizes, self.modified, self.labels):
             digest.update(column.tobytes())
-        digest.update("\0".join(self.class_names).encode())
+        digest.update(b"\0".join(os.fsencode(name) for name in self.class_names))
         return digest.hexdigest()[:32]
 
 
@@ -93,7 +93,7 @@ class Part:
                 key=source.key(self.side, self.quality),
             )
             content["paths"] = np.array([os.fsencode(name) for name in source.names])
-            content["class_names"] = source.class_names
+            content["class_names"] = np.array([os.fsencode(name) for name in source.class_names])
             content["labels"], content["sizes"], content["modified"] = source.labels, source.sizes, source.modified
             rows: dict[str, tuple[tuple[int, ...], str]] = {"written": ((1,), "<i8"), "readable": ((count,), "u1")}
             if self.quality is None:

@@ -1,6 +1,7 @@
 """Making packs (:mod:`metric_kd.data.pack`): resumable after any kill, and never a half-written one under its name."""
 
 import contextlib
+import errno
 import os
 import sys
 from collections.abc import Callable, Iterator, Sequence
@@ -14,6 +15,9 @@ from metric_kd.data.pack import Located, Pack, StalePack
 from metric_kd.data.pack_part import Part, Source, remove_part
 from metric_kd.data.records import ImageRecords
 from metric_kd.errors import UserError
+
+NO_PLACE = (errno.EACCES, errno.EPERM, errno.EROFS, errno.EEXIST, errno.ENOENT, errno.ENOTDIR, errno.ENOLCK)
+"""Errors of a place where no pack can be made, for want of permission, of a folder or of locks."""
 
 
 def _source(parts: Sequence[ImageRecords]) -> Source:
@@ -56,16 +60,18 @@ def make_pack(
 
     quality: 1 .. 100 keeps JPEG images instead of pixels, smaller but not bit-equal. workers: threads that decode.
     skip_unreadable: mark files that cannot be read, instead of raising the ``UserError`` that names the first. What a
-    killed process has written to ``file.part`` is gone on with. Raises ``UserError`` where there is no room for it, and
-    where ``file`` is something else than an earlier pack of this data set, of the same kind.
+    killed process has written to ``file.part`` is gone on with. Raises ``UserError`` where there is no room for it, where
+    ``file`` cannot be written, and where it is something else than a pack of the same data set (by its name) and kind.
     """
     file = Path(file)
+    if file.is_dir():
+        raise UserError(f"the pack {file} is a folder; give a file, as in {file / 'pack.h5'}.")
     if side < 8 or workers < 1 or not (quality is None or 1 <= quality <= 100):
         raise UserError("a pack takes a side of 8 px or more, one or more workers, and a JPEG quality from 1 to 100.")
     source = _source(parts)
     try:
         file.parent.mkdir(parents=True, exist_ok=True)
-        with _alone(file):
+        with alone(file):
             pack = _fresh(file, source, side, quality)
             if pack is not None:
                 remove_part(file)
@@ -78,10 +84,13 @@ def make_pack(
                     part.fill(workers, skip_unreadable, progress)
                     part.finish()
                 pack = Pack(file)
-    except PermissionError as error:
-        raise UserError(f"cannot write {file} ({error.strerror}); choose another place for the pack.") from error
+    except OSError as error:
+        if error.errno not in NO_PLACE:
+            raise
+        reason = f"cannot write {file} ({os.strerror(error.errno)})"
+        raise UserError(f"{reason}; make the pack elsewhere (metric-kd pack --out FILE), for --pack FILE.") from error
     if not (skip_unreadable or pack.readable.all()):
-        raise decode.unreadable(source.paths[int(pack.readable.argmin())], "it could not be when it was packed")
+        raise decode.unreadable(source.paths[int(pack.readable.argmin())], pack.why_unreadable)
     return pack
 
 
@@ -101,13 +110,18 @@ def _fresh(file: Path, source: Source, side: int, quality: int | None) -> Pack |
     if pack.key != source.key(side, quality):
         return None
     try:
-        return pack.of(source.paths, side).pack
+        located = pack.of(source.paths, side)
+        for row in np.flatnonzero(~pack.readable[located.rows]):  # permitted since, or on a disk that is back
+            with contextlib.suppress(UserError):
+                decode.check_whole(source.paths[row])
+                return None
+        return pack
     except StalePack:  # these libraries read the files otherwise
         return None
 
 
 @contextlib.contextmanager
-def _alone(file: Path) -> Iterator[None]:
+def alone(file: Path) -> Iterator[None]:
     """One process at a time makes a pack; others wait, and then find it. The lock dies with its process."""
     try:
         import fcntl
@@ -158,7 +172,9 @@ class AutoPack:
         file = self.file(side)
         if file.exists():
             with contextlib.suppress(StalePack):
-                return Pack(file).of(paths, side)
+                located = Pack(file).of(paths, side)
+                if self.skip_unreadable or located.pack.readable[located.rows].all():
+                    return located
         if not self.make:
             return None
         pack = make_pack(

@@ -86,14 +86,15 @@ class ImageRecords:
     def fingerprint(self) -> str:
         """16 hex digits over labels, class names, cameras and file names or pixels: equal data, equal fingerprint."""
         digest = hashlib.sha256(self.labels.tobytes())
-        digest.update("\0".join(self.class_names).encode())
+        digest.update("\0".join(self.class_names).encode(errors="surrogateescape"))  # names need not be UTF-8
         if self.cameras is not None:
             digest.update(self.cameras.tobytes())
         if self.pixels is not None:
             digest.update(np.ascontiguousarray(self.pixels).data)
         else:
             assert self.paths is not None
-            digest.update("\0".join("/".join(p.replace("\\", "/").split("/")[-3:]) for p in self.paths).encode())
+            names = "\0".join("/".join(p.replace("\\", "/").split("/")[-3:]) for p in self.paths)
+            digest.update(names.encode(errors="surrogateescape"))
         return digest.hexdigest()[:16]
 
 

@@ -69,7 +69,7 @@ class Coding(Task):
     def forward(self, batch: Batch) -> tuple[Tensor, dict[str, Tensor]]:
         field = self.student.spec.decodes
         with torch.no_grad(), autocast(batch.images.device, self.precision):
-            output: Output = self._frozen[0](batch.images, want=("pooled", field))
+            output = self.running(self._frozen[0])(batch.images, want=("pooled", field))
         target = getattr(output, field)
         values: dict[str, Tensor] = {}
         for name, decoded, temperature in zip(BRANCHES, self.student(output.pooled), TEMPERATURES, strict=True):

@@ -120,7 +120,10 @@ class Mutual(Task):
         return torch.stack(totals).sum(), {name: values[name] for name in self.loss_names}
 
     def _outputs(self, batch: Batch) -> dict[str, Output]:
-        return {k: self._coded(k, network(batch.images, want=self._needs())) for k, network in self.networks.items()}
+        return {
+            k: self._coded(k, self.running(network)(batch.images, want=self._needs()))
+            for k, network in self.networks.items()
+        }
 
     def _whole(self, outputs: dict[str, Output], batch: Batch) -> tuple[dict[str, Output], Batch | None]:
         """What terms that relate samples read of all processes, gathered once; None where one process has it all."""

@@ -21,7 +21,8 @@ class Settings:
 
     lr_decay_epochs: epochs (counted from 1) from which on the rate is multiplied by lr_decay_gamma once more; warmup:
     epochs of linear warm-up; nesterov: of SGD; clip_norm: largest gradient norm, 0 for none; save_minutes: checkpoint at
-    least this often.
+    least this often. iterations: steps in an epoch; accumulate: batches in a step, one after the other; chunk: images that
+    the networks take at a time where a batch is too large for them (:mod:`metric_kd.engine.replay`), 0 for all of it.
     """
 
     epochs: int
@@ -37,6 +38,8 @@ class Settings:
     clip_norm: float = 0.0
     freeze_bn: bool = False
     precision: str = "fp32"
+    accumulate: int = 1
+    chunk: int = 0
     seed: int = 0
     save_minutes: float = 10.0
     log_interval: int = 20
@@ -110,4 +113,22 @@ def make_optimizer(
         return torch.optim.AdamW(prepared, **shared)
     if settings.optimizer != "sgd":
         raise one_of("optimizer", settings.optimizer, OPTIMIZERS)
-    return torch.optim.SGD(prepared, momentum=0.9, nesterov=settings.nesterov, **shared)
+    sgd = torch.optim.SGD(prepared, momentum=0.9, nesterov=settings.nesterov, **shared)
+    # Fused, PyTorch's leaves the memory of momentum as it found it where a scaler skips the first step, and fails at a parameter
+    # whose first gradient comes after another's. From zero the first step is the same.
+    for group in sgd.param_groups:
+        for parameter in group["params"]:
+            sgd.state[parameter]["momentum_buffer"] = torch.zeros_like(parameter)
+    return sgd
+
+
+def set_rate(optimizer: torch.optim.Optimizer, rate: float) -> None:
+    """Give every group the run's rate times its own factor."""
+    for group in optimizer.param_groups:
+        group["lr"] = rate * group["factor"]
+
+
+def clip(optimizer: torch.optim.Optimizer, norm: float) -> None:
+    """Shorten the gradient of each group of parameters, which peers have each on its own, to at most this norm."""
+    for group in optimizer.param_groups:
+        nn.utils.clip_grad_norm_(group["params"], norm)

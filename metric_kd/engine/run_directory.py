@@ -17,7 +17,7 @@ from metric_kd.engine.weight_record import remove_record
 from metric_kd.errors import UserError
 
 RESUMABLE_KEYS = frozenset(
-    {"epochs", "workers", "pack", "device", "save_minutes", "resume", "dry_run", "save_dir", "plugins"}
+    {"epochs", "workers", "pack", "teacher_cache", "device", "save_minutes", "resume", "dry_run", "save_dir", "plugins"}
 )
 """Config keys that may differ between the start of a run and its continuation."""
 

@@ -4,7 +4,7 @@ The same step trains embeddings and classifiers: what is compared is a matter of
 result is measured a matter of the evaluation.
 """
 
-from collections.abc import Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from metric_kd.devices import autocast
 from metric_kd.distill.granularity import CodedTeacher, Coders
 from metric_kd.engine.gathering import whole_batch
+from metric_kd.engine.stored_teacher import StoredTeacher
 from metric_kd.errors import UserError
 from metric_kd.losses.objective import Objective
 from metric_kd.losses.term import Pair, Stage
@@ -43,6 +44,12 @@ class Task(nn.Module):
     loss_names: list[str]
     student: Network | Coders
     """What is the result of the run: a network, or the coders of a teacher."""
+    compiled: Mapping[nn.Module, Callable[..., Output]] = {}
+    """The compiled forward passes of networks, which a training step takes instead (:mod:`metric_kd.engine.compiling`)."""
+
+    def running(self, network: nn.Module) -> Callable[..., Output]:
+        """How a training step calls a network: compiled, where that was asked for."""
+        return self.compiled.get(network, network)
 
     @property
     def networks(self) -> dict[str, Network] | dict[str, Coders]:
@@ -72,8 +79,9 @@ class Task(nn.Module):
 class Solo(Task):
     """Train one student by an objective that may also read a frozen teacher.
 
-    The student and the terms' own parts are submodules, so one DDP wrapper and one state dict hold them; the teacher is
-    neither trained nor saved and stays outside. Where processes share a batch, terms that relate samples see all of it.
+    The student and the terms' own parts are submodules, so one DDP wrapper and one state dict hold them; the teacher, or
+    what is stored of it, is neither trained nor saved and stays outside. Where processes share a batch, terms that relate
+    samples see all of it.
     """
 
     student: Network
@@ -81,7 +89,7 @@ class Solo(Task):
     def __init__(
         self,
         student: Network,
-        teacher: Network | CodedTeacher | None,
+        teacher: Network | CodedTeacher | StoredTeacher | None,
         objective: Objective,
         precision: str = "fp32",
     ):
@@ -92,11 +100,11 @@ class Solo(Task):
         self.loss_names = objective.names
         self._frozen = (teacher,)  # in a tuple: not a submodule
         self._pair: Pair | None = None
-        if teacher is not None:
+        if isinstance(teacher, nn.Module):
             teacher.eval().requires_grad_(False)
 
     @property
-    def teacher(self) -> Network | CodedTeacher | None:
+    def teacher(self) -> Network | CodedTeacher | StoredTeacher | None:
         return self._frozen[0]
 
     @property
@@ -119,7 +127,7 @@ class Solo(Task):
         with eval_mode(self.student), torch.no_grad():
             student = outputs_for(self.student, example.images, wanted)
             teacher = self._teach(example, taught)
-            if self.teacher is not None and teacher is not None:
+            if isinstance(self.teacher, nn.Module) and teacher is not None:
                 scale = self.teacher.pixel_scale.to(example.images.device)
                 bgr = self.teacher.spec.pixels is not None and self.teacher.spec.pixels.bgr
                 self._pair = Pair(
@@ -167,13 +175,26 @@ class Solo(Task):
         return grouped(shared, [self.objective])
 
     def forward(self, batch: Batch) -> tuple[Tensor, dict[str, Tensor]]:
-        objective = self.objective
-        if objective.differentiates:
+        if self.objective.differentiates:
             batch = with_leaves(batch)
+        teacher = self.teacher_output(batch)
+        return self.compare(self.student_output(batch), teacher, batch)
+
+    def student_output(self, batch: Batch) -> Output | None:
+        """What the acting terms read from the student; None in a stage in which it rests."""
+        if not self.objective.runs_student:
+            return None
         with autocast(batch.images.device, self.precision):
-            teacher = self._teach(batch, objective.teacher_needs, graph=objective.differentiates)
-            student = self.student(batch.images, want=objective.student_needs) if objective.runs_student else None
-        pair = None
+            return self.running(self.student)(batch.images, want=self.objective.student_needs)
+
+    def teacher_output(self, batch: Batch) -> Output | None:
+        """What they read from the teacher; None where none does."""
+        with autocast(batch.images.device, self.precision):
+            return self._teach(batch, self.objective.teacher_needs, graph=self.objective.differentiates)
+
+    def compare(self, student: Output | None, teacher: Output | None, batch: Batch) -> tuple[Tensor, dict[str, Tensor]]:
+        """The objective of what both networks said of a batch: (weighted sum, {term: value})."""
+        objective, pair = self.objective, None
         if self._pair is not None and student is not None and teacher is not None:
             pair = self._pair._replace(student_output=student, teacher_output=teacher, batch=batch)
         whole = whole_batch(objective, student, teacher, batch, pair)
@@ -183,10 +204,11 @@ class Solo(Task):
     def _teach(self, batch: Batch, needs: tuple[str, ...], graph: bool = False) -> Output | None:
         if self.teacher is None or not needs:
             return None
+        if isinstance(self.teacher, StoredTeacher):
+            return self.teacher.outputs_of(batch, needs)
         images = batch.images if batch.teacher_images is None else batch.teacher_images
         with torch.set_grad_enabled(graph):
-            output: Output = self.teacher(images, want=needs)
-        return output
+            return self.running(self.teacher)(images, want=needs)
 
 
 def outputs_for(network: Network, images: Tensor, want: tuple[str, ...]) -> Output:

@@ -7,24 +7,27 @@ from typing import Any, Protocol
 
 import numpy as np
 import torch
-from torch import Tensor, nn
-from torch.nn.parallel import DistributedDataParallel
+from torch import nn
 from tqdm import tqdm
 
 from metric_kd import distributed
 from metric_kd.data.loading import ImageLoader
 from metric_kd.distill.granularity import Coders
 from metric_kd.engine import reproducibility
+from metric_kd.engine.accumulation import accumulate, exchanging, groups
 from metric_kd.engine.checkpoint import write_checkpoint
 from metric_kd.engine.interruption import StopRequest
-from metric_kd.engine.logging import Observer, RunningLosses, epoch_line, not_finite
-from metric_kd.engine.memory import batch_that_fits, is_out_of_memory, out_of_memory
-from metric_kd.engine.optimisation import Settings, learning_rate, make_optimizer, stage_settings
+from metric_kd.engine.logging import Observer, RunningLosses, epoch_line
+from metric_kd.engine.memory import is_out_of_memory, way_out
+from metric_kd.engine.optimisation import Settings, clip, learning_rate, make_optimizer, set_rate, stage_settings
+from metric_kd.engine.replay import Replay
+from metric_kd.engine.resuming import check_finite, progress, read_progress, restore
 from metric_kd.engine.run_directory import RunDirectory
 from metric_kd.engine.tasks import Task
 from metric_kd.errors import UserError
 from metric_kd.losses.term import Stage
 from metric_kd.models.network import Network
+from metric_kd.modes import freeze_batch_norm
 from metric_kd.types import Batch
 
 Evaluate = Callable[[nn.Module], dict[str, float]]
@@ -67,6 +70,7 @@ class Trainer:
         self.observers, self.config, self.about = observers, config or {}, about or {}
         self.stages: list[tuple[str, Stage] | None] = [*task.stages(), None]
         self.losses = RunningLosses(task.loss_names, device)
+        self.replay = Replay(task, settings.chunk) if settings.chunk else None
         self.step = 0
         self.lines = 0  # of metrics.jsonl: finished epochs over all stages
         self.enter_stage(0)
@@ -94,6 +98,11 @@ class Trainer:
         """Name of the present stage; None in the main one."""
         entered = self.stages[self.stage]
         return None if entered is None else entered[1].name
+
+    @property
+    def steps(self) -> int:
+        """Of an epoch; each takes ``settings.accumulate`` batches, the last what is left."""
+        return -(-len(self.batches) // self.settings.accumulate)
 
     @property
     def total_epochs(self) -> int:
@@ -127,29 +136,26 @@ class Trainer:
             what(observer)
 
     def _wrap(self) -> None:
-        if distributed.world_size() > 1 and self.module is self.task:
-            ids = [self.device.index] if self.device.type == "cuda" else None
-            self.module = DistributedDataParallel(self.task, device_ids=ids, find_unused_parameters=True)
-            # Statistics need not be alike while they are only written: evaluation and checkpoints take the main process's.
-            self.module.broadcast_buffers = False
+        if self.module is self.task:
+            self.module = exchanging(self.task, self.device, averages=self.replay is None)
 
     def _train_epoch(self, started: float) -> None:
         self._enter_training()
         # Stages before the main one draw from epochs of their own: the main stage sees the same data with and without them.
         epoch = self.epoch if self.stage_name is None else (self.stage + 1 << 32) + self.epoch
         order = self.batches.epoch(epoch)
-        todo = order[self.iteration :]
+        todo = order[self.iteration * self.settings.accumulate :]
         stream = tqdm(
-            self.loader.train(todo, epoch),
+            groups(self.loader.train(todo, epoch), self.settings.accumulate),
             desc=f"{self._title()} {self.epoch}/{self.settings.epochs}",
-            total=len(order),
+            total=self.steps,
             initial=self.iteration,
             disable=not distributed.is_main(),
             leave=False,
             mininterval=0.5,
         )
-        for batch in stream:
-            self._step(batch.to(self.device))
+        for batches in stream:
+            self._step(batches)
             self.iteration += 1
             if self.step % self.settings.log_interval == 0:
                 self.losses.check(self.run.last)
@@ -169,27 +175,27 @@ class Trainer:
             if signalled:
                 self.stop.raise_if_made()
 
-    def _step(self, batch: Batch) -> None:
-        rate = learning_rate(self.settings, self.epoch, self.iteration)
-        for group in self.optimizer.param_groups:
-            group["lr"] = rate * group["factor"]
+    def _step(self, batches: Sequence[Batch]) -> None:
+        set_rate(self.optimizer, learning_rate(self.settings, self.epoch, self.iteration))
         self.step += 1
-        reproducibility.seed_step(self.settings.seed, self.step, distributed.rank())
+        self._seed(0)
         try:
-            self._update(batch)
+            self._update(batches)
             return
         except (RuntimeError, MemoryError) as error:
             if not is_out_of_memory(error):
                 raise
         # Out of the except block the failed step is forgotten, and with it the memory that it held.
-        if distributed.world_size() > 1:  # the others would wait for every attempt
-            raise UserError(out_of_memory(len(batch.labels), distributed.world_size()))
-        raise UserError(batch_that_fits(self.task, batch, self.optimizer))
+        raise UserError(way_out(self.task, batches[0].to(self.device), self.optimizer, self.settings))
 
-    def trial_step(self, batch: Batch) -> dict[str, float]:
+    def _seed(self, part: int) -> None:
+        """Seed what is drawn for one of the batches of the present step."""
+        reproducibility.seed_step(self.settings.seed, self.step, distributed.rank(), part)
+
+    def trial_step(self, *batches: Batch) -> dict[str, float]:
         """One real step whose result nobody keeps: the values of the losses. For a measurement of its cost."""
         self._enter_training()
-        self._step(batch)
+        self._step(batches)
         means = self.losses.means()
         self.losses.reset()
         return {name: means[name] for name in [*self.task.acting, "loss"]}
@@ -202,21 +208,19 @@ class Trainer:
             for network in self.task.networks.values():
                 freeze_batch_norm(network)
 
-    def _update(self, batch: Batch) -> None:
-        total, values = self.module(batch)
+    def _update(self, batches: Sequence[Batch]) -> None:
         self.optimizer.zero_grad(set_to_none=True)
-        self.scaler.scale(total).backward()
-        self._clip()
+        if self.replay is not None:
+            total, values = self.replay(batches[0].to(self.device), self.scaler.scale)
+        else:
+            total, values = accumulate(self.module, batches, self.device, self.scaler.scale, self._seed)
+        if self.settings.clip_norm > 0:
+            self.scaler.unscale_(self.optimizer)
+            clip(self.optimizer, self.settings.clip_norm)
         self.scaler.step(self.optimizer)
         self.scaler.update()
         self.losses.add(total, values, self.step)
         self._tell(lambda observer: observer.step_end())
-
-    def _clip(self) -> None:
-        if self.settings.clip_norm > 0:
-            self.scaler.unscale_(self.optimizer)
-            for group in self.optimizer.param_groups:  # of peers each on its own
-                nn.utils.clip_grad_norm_(group["params"], self.settings.clip_norm)
 
     def _close_epoch(self, started: float) -> None:
         self.losses.check(self.run.last)
@@ -263,7 +267,7 @@ class Trainer:
 
     def _write_best(self, name: str, metrics: dict[str, Any]) -> None:
         if distributed.is_main():
-            self._check_finite()
+            check_finite(self.task, self.step, self.run.last)
             write_checkpoint(self.run.best_of(name), {**self.state_of(self.task.networks[name]), "metrics": metrics})
 
     def state_of(self, network: Network | Coders) -> dict[str, Any]:
@@ -279,101 +283,17 @@ class Trainer:
     def save(self, seconds: float) -> None:
         """Write last.pth: everything that the rest of the run depends on."""
         self.losses.check(self.run.last)
-        losses = self.losses.state()
-        states = distributed.gather_objects(reproducibility.random_states())
-        if distributed.is_main():
-            self._check_finite()
-            write_checkpoint(
-                self.run.last,
-                {
-                    **self.state_of(self.task.student),
-                    "task": {key: value for key, value in self.task.state_dict().items() if value is not None},
-                    "optimizer": self.optimizer.state_dict(),
-                    "scaler": self.scaler.state_dict(),
-                    "losses": losses,
-                    "position": {
-                        "stage": self.stage,
-                        "stages": [entered[1].name for entered in self.stages if entered],
-                        "epoch": self.epoch,
-                        "iteration": self.iteration,
-                        "step": self.step,
-                        "lines": self.lines,
-                        "of": len(self.batches),
-                    },
-                    "seconds": self.seconds + seconds,
-                    "best": self.best,
-                    "random": states,
-                    "observers": {o.name: o.state() for o in self.observers if o.name},
-                    "environment": self.environment,
-                    "config": self.config,
-                },
-            )
+        state = progress(self, seconds)
+        if state is not None:
+            check_finite(self.task, self.step, self.run.last)
+            write_checkpoint(self.run.last, state)
         self._saved_at = time.monotonic()
 
     def resume(self) -> bool:
-        """Continue from last.pth; False where there is none. Raises ``UserError`` where it belongs to another run.
-
-        On another number of processes too: batches are drawn for all of them together. Only where their number in an epoch
-        differs, because the images do not divide evenly, a run that stopped within an epoch is refused.
-        """
-        there = distributed.gather_objects(self.run.last.is_file())
-        if any(there) and not all(there):
-            raise UserError(
-                f"only some processes see {self.run.last}; put --save_dir where all machines see the same files."
-            )
-        if not any(there):
-            if distributed.is_main():
-                self.run.cut_history(0)
-            return False
-        state = self.run.read_last(self.config)
-        student = self.task.student
-        if state[student.role] != student.spec.to_dict():
-            raise UserError(
-                f"{self.run.path} holds other {student.role} than these, of another teacher or form; give another "
-                "--save_dir, or --resume never to start over."
-            )
-        stored = state["environment"]
-        for key, value in self.environment.items():
-            if stored.get(key) != value and distributed.is_main():
-                tqdm.write(
-                    f"warning: {self.run.last} was written with {key} {stored.get(key)}, this is {value}; "
-                    "the result will not equal that of an undisturbed run bit for bit."
-                )
-        position = state["position"]
-        if position["iteration"] and position.get("of", len(self.batches)) != len(self.batches):
-            raise UserError(
-                f"{self.run.path} stopped within an epoch of {position['of']} steps and for this number of processes an epoch "
-                f"has {len(self.batches)}; start as many processes as before ({stored.get('processes')})."
-            )
-        self.enter_stage(position["stage"])
-        self.task.load_state_dict(state["task"])
-        self.optimizer.load_state_dict(state["optimizer"])
-        self.scaler.load_state_dict(state["scaler"])
-        self.losses.restore(state["losses"])
-        self.epoch, self.iteration, self.step = position["epoch"], position["iteration"], position["step"]
-        self.lines = position["lines"]
-        self.seconds, self.best = state["seconds"], state["best"]
-        kept = state["observers"]
-        self._tell(lambda observer: observer.restore(kept[observer.name]) if observer.name in kept else None)
-        if len(state["random"]) == distributed.world_size():
-            reproducibility.restore_random_states(state["random"][distributed.rank()])
+        """Continue from last.pth; False where there is none. Raises ``UserError`` where it belongs to another run."""
+        state = read_progress(self)
+        if state is not None:
+            restore(self, state)
         if distributed.is_main():
             self.run.cut_history(self.lines)
-        return True
-
-    def _check_finite(self) -> None:
-        """Never save weights that are not finite: the last good checkpoint stays."""
-        state: dict[str, Tensor] = {name: p for name, p in self.task.named_parameters() if p.is_floating_point()}
-        for name, network in self.task.networks.items():
-            state |= {f"{name}.{key}": buffer for key, buffer in network.named_buffers() if buffer.is_floating_point()}
-        finite = torch.stack([torch.isfinite(tensor).all() for tensor in state.values()]).tolist()
-        for name, good in zip(state, finite, strict=True):
-            if not good:
-                raise UserError(not_finite(f"weight {name!r}", self.step, self.run.last))
-
-
-def freeze_batch_norm(network: nn.Module) -> None:
-    """Use, and do not update, the running statistics of batch normalisation."""
-    for module in network.modules():
-        if isinstance(module, nn.modules.batchnorm._BatchNorm):
-            module.eval()
+        return state is not None

@@ -35,6 +35,7 @@ class CrossEntropy(Term):
     served by them. Raises ``UserError`` for options out of range and for logits of another number of classes.
     """
 
+    reads_labels = True
     cost = "N D K"
 
     def __init__(self, features: str = "embedding", scale: float | None = None):

@@ -56,6 +56,7 @@ class MetricLearningTerm(Term):
     detached after each step, without which the library's second backward fails.
     """
 
+    reads_labels = True
     relates = True
     cost = "see pytorch-metric-learning"
     name: ClassVar[str]

@@ -40,6 +40,8 @@ class Term(nn.Module):
     teacher_needs: ClassVar[tuple[str, ...] | None] = None
     """What it reads from the teacher where that is something else."""
     reads_teacher: ClassVar[bool] = False
+    reads_labels: ClassVar[bool] = False
+    """Whether the value depends on ``batch.labels``, or on the labels of all images: then there is no training without."""
     differentiates: ClassVar[bool] = False
     """Whether the term takes gradients of what the networks gave. Both outputs then have a graph, back to
     ``batch.images`` (and ``teacher_images``), which are float32 leaves that require a gradient."""

@@ -129,6 +129,7 @@ class TripletTerm(Term):
     for an unknown sampler or a negative margin.
     """
 
+    reads_labels = True
     relates = True
     cost = "N^2 D + triplets"
     paper = "FaceNet: A Unified Embedding for Face Recognition and Clustering, 2015, arXiv 1503.03832"

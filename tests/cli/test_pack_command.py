@@ -83,6 +83,20 @@ def test_auto_makes_packs_beside_the_data_and_renews_them(data, flags, tmp_path,
     assert packed(data, "--input_size", 32) == 0 and "read it with --pack auto" in capsys.readouterr().out
 
 
+def test_analyse_reads_packs_for_both_networks(data, flags, tmp_path, capsys):
+    train(flags("student"))
+    train(flags("teacher", "--input_size", 40))
+    both = ["analyse", str(tmp_path / "student"), "--against", str(tmp_path / "teacher")]
+    reports = []
+    for more in ([], ["--pack", "auto"]):
+        assert metric_kd([*both, *more]) == 0
+        reports.append((tmp_path / "student" / "analysis.json").read_text())
+    assert reports[0] == reports[1]
+    assert sorted(p.name for p in (data / ".packs").iterdir()) == ["folder-32.h5", "folder-46.h5"]
+    assert f"images come from {data}/.packs/folder-32.h5" in capsys.readouterr().out
+    assert "32 px and 46 px are needed" in refusal([*both, "--pack", data / ".packs" / "folder-32.h5"], capsys)
+
+
 def test_stale_and_missing_packs_are_refused(data, flags, tmp_path, capsys):
     file = tmp_path / "p.h5"
     packed(data, "--side", 40, "--out", file)

@@ -1,10 +1,12 @@
 """Packs: the same batches as from the files, whole or not there at all, and refused where the files have changed."""
 
+import errno
 import itertools
 import os
 import pickle
 import shutil
 import signal
+from pathlib import Path
 
 import h5py
 import numpy as np
@@ -305,6 +307,58 @@ def test_unreadable_files_are_named_or_marked(files, tmp_path):
         make_pack(file, [files], 110)
     with pytest.raises(UserError, match="none of the 2 images"):
         ImageLoader(files.select(np.array([3, 6])), Geometry(96), skip_unreadable=True, pack=pack)
+
+
+def test_a_file_that_can_be_read_again_is_noticed(files, tmp_path):
+    """As one whose permission was mended: its size and time are those with which it could not be read."""
+    file, whole = tmp_path / "p.h5", Path(files.paths[4]).read_bytes()
+    state = os.stat(files.paths[4])
+
+    def filled(content):
+        with open(files.paths[4], "wb") as damaged:
+            damaged.write(content)
+        os.utime(files.paths[4], ns=(state.st_atime_ns, state.st_mtime_ns))
+
+    filled(bytes(len(whole)))
+    auto = AutoPack(tmp_path, "p", lambda: [files], skip_unreadable=True)
+    assert ImageLoader(files, Geometry(96), skip_unreadable=True, pack=auto).skipped == [files.paths[4]]
+    strict = AutoPack(tmp_path, "p", lambda: [files])
+    with pytest.raises(UserError, match="04.png"):
+        ImageLoader(files, Geometry(96), pack=strict)
+    with pytest.raises(UserError, match=r"04.png \(it could not be when .*p-110.h5 was made\)"):
+        ImageLoader(files, Geometry(96), pack=Pack(tmp_path / "p-110.h5"))
+    others = files.select(np.array([0, 1, 2]))
+    assert len(ImageLoader(others, Geometry(96), pack=strict)) == 3, "a part without it needs no other pack"
+    filled(whole)
+    assert make_pack(file, [files], 110).readable.all()
+    assert ImageLoader(files, Geometry(96), pack=strict).pack.readable.all()
+
+
+def test_names_need_not_be_utf8(files, tmp_path):
+    folder = os.fsencode(tmp_path) + b"/cl\xff"
+    os.mkdir(folder)
+    name = os.fsdecode(folder + b"/\xfe.png")
+    shutil.copy(files.paths[1], name)
+    records = ImageRecords("odd", np.array([1, 0]), (os.fsdecode(b"cl\xff"), "b"), paths=(files.paths[1], name))
+    pack = make_pack(tmp_path / "p.h5", [records], 40)
+    assert pack.of([name], 40).rows.tolist() == [1] and len(records.fingerprint()) == 16
+    with h5py.File(tmp_path / "p.h5") as content:
+        assert content["class_names"][1] == b"cl\xff"
+
+
+def test_places_where_no_pack_can_be(files, tmp_path, monkeypatch):
+    with pytest.raises(UserError, match="is a folder; give a file"):
+        make_pack(tmp_path, [files], 40)
+    for place in (tmp_path / "images" / "a" / "00.jpg" / "p.h5", Path("/proc/p.h5"), Path("/proc/self/a/p.h5")):
+        with pytest.raises(UserError, match=r"cannot write .*; make the pack elsewhere \(metric-kd pack --out FILE\)"):
+            make_pack(place, [files], 40)
+
+    def read_only(*_, **__):
+        raise OSError(errno.EROFS, "Read-only file system")
+
+    monkeypatch.setattr(Path, "mkdir", read_only)
+    with pytest.raises(UserError, match="Read-only file system"):
+        make_pack(tmp_path / "packs" / "p.h5", [files], 40)
 
 
 def test_a_file_that_shows_late_that_it_is_damaged_keeps_what_was_done(files, tmp_path, small_blocks):

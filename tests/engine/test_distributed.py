@@ -24,7 +24,10 @@ from torch.multiprocessing import start_processes
 
 import metric_kd.distill  # noqa: F401 (registers the methods)
 from metric_kd import distributed
+from metric_kd.cli.main import ALONE
+from metric_kd.cli.main import main as metric_kd
 from metric_kd.cli.making import synchronise
+from metric_kd.cli.parse import parse
 from metric_kd.cli.plugins import load_plugins
 from metric_kd.cli.train import main
 from metric_kd.data.batches import ClassBalancedBatches, ShuffledBatches
@@ -119,7 +122,7 @@ TOGETHER = ["rkd:1", "l2_triplet:1,sample=distance", "st:1", "contrastive:1,samp
 SPECS = [OPTIONS.get(n, f"{n}:1") for n in RELATED] + MORE + TRIPLETS + LIBRARY
 SPECS += [f"{n}:1" for n in LOCAL] + ["cross_entropy:1"]
 COMPARED = {2: [*SPECS, "together", "peers", "coders"]}
-COMPARED[4] = [OPTIONS.get(n, f"{n}:1") for n in RELATED] + [t for t in TRIPLETS if t.startswith("l2")] + ["together"]
+COMPARED[4] = [OPTIONS.get(n, f"{n}:1") for n in RELATED] + MORE + TRIPLETS + LIBRARY + ["together", "peers", "coders"]
 COMPARED[1] = COMPARED[2]
 LABELS = torch.arange(48) % 4
 
@@ -362,6 +365,9 @@ def test_every_loss_is_either_compared_or_known_to_look_at_a_share():
         name for name in TERMS if TERMS[name].__module__.startswith("metric_kd.")
     }
     assert {name for name in METHODS if TERMS[name].family == "relational"} == set(RELATED)
+    relating = {name for name in TERMS if TERMS[name].relates and TERMS[name].__module__ != "metric_kd.losses.pml"}
+    for world in (2, 4):
+        assert {spec.partition(":")[0] for spec in COMPARED[world]} >= relating
 
 
 @pytest.mark.parametrize("world", [2, 4])
@@ -445,8 +451,37 @@ def test_errors_of_one_process_are_its_own(monkeypatch):
     assert distributed.lost(closed) is None
     monkeypatch.setenv("WORLD_SIZE", "2")
     assert "in time (Connection closed by peer [::1]:5); see" in (distributed.lost(closed) or "")
+    wordy = RuntimeError("Connection closed by peer [::1]:5. This is typically caused by a crash. Check the logs.")
+    assert "in time (Connection closed by peer [::1]:5); see" in (distributed.lost(wordy) or "")
+    early = RuntimeError(
+        "Gloo connectFullMesh failed with [/gloo/transport/tcp/pair.cc:561] Connection closed by peer [::1]:5"
+    )
+    assert "in time (Gloo connectFullMesh failed with Connection closed by peer [::1]:5); see" in (
+        distributed.lost(early) or ""
+    )
     assert distributed.lost(RuntimeError("shape")) is None
     assert distributed.lost(UserError("Connection closed by peer")) is None
+
+
+def test_who_speaks_is_known_before_the_processes_meet(monkeypatch, capsys):
+    assert distributed.is_main() and distributed.announced() == 1
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    for number, speaks in (("0", True), ("1", False)):
+        monkeypatch.setenv("RANK", number)
+        assert distributed.is_main() is speaks and distributed.world_size() == 1
+    for name in ALONE:
+        assert metric_kd([name]) == 2
+        assert f"error: {name} works in one process; start it without torchrun." in capsys.readouterr().err
+
+
+def test_what_cannot_be_shared_is_refused_before_any_work(monkeypatch, tmp_path):
+    monkeypatch.setenv("WORLD_SIZE", "5")
+    flags = [*TINY, "--data", str(tmp_path / "nothing"), "--save_dir", str(tmp_path / "run")]
+    with pytest.raises(UserError, match=r"--batch 12 is shared by 5 processes; make it a multiple of 5\.$"):
+        main(flags)
+    assert not list(tmp_path.iterdir())
+    with pytest.raises(UserError, match="batches have 3 images for 4 processes"):
+        ClassBalancedBatches(np.array([0, 0, 1]), 4, 2, 5, seed=0, rank=3, world=4, pairs=False)
 
 
 def test_patience(monkeypatch):
@@ -522,6 +557,23 @@ def test_ranks_share_the_batches_of_one_process(world, count):
         for number, batch_of_one in enumerate(ShuffledBatches(count, 12, 1).epoch(epoch)[: len(shares[0])]):
             together = np.concatenate([share[number] for share in shares])
             assert np.array_equal(together, batch_of_one[: len(batch_of_one) // world * world])
+
+
+def test_the_script_for_several_machines_starts_commands_that_there_are(tmp_path):
+    """With a torchrun that only says how it was started."""
+    (tmp_path / "torchrun").write_text('#!/bin/sh\necho "$@"\n')
+    (tmp_path / "torchrun").chmod(0o755)
+    own = {"PATH": f"{tmp_path}:{os.environ['PATH']}", "HOST": "first", "NODES": "4", "GPUS": "8"}
+    script = ROOT / "examples" / "multi_node.sh"
+    said = subprocess.run([script], env=own, capture_output=True, text=True, check=True).stdout.splitlines()
+    configs = []
+    for line, (command, name) in zip(said, (("train", "run.py"), ("distill", "run_distill.py")), strict=True):
+        launcher, _, flags = line.partition(f" {name} ")
+        assert "--nnodes 4 --nproc_per_node 8" in launcher and "--rdzv_endpoint first:29500" in launcher
+        configs.append(parse(command, flags.split()).config)
+    teacher, student = configs
+    assert student.teacher_load == teacher.save_dir and teacher.batch % 32 == student.batch % 32 == 0
+    assert "give HOST" in subprocess.run([script], env={**own, "HOST": ""}, capture_output=True, text=True).stderr
 
 
 def test_synchronised_statistics_need_cuda_and_say_so_before_any_work(tmp_path):

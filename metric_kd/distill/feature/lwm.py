@@ -66,6 +66,7 @@ class LwM(Term):
 
     needs = ("maps", "logits")
     reads_teacher = True
+    reads_labels = True
     differentiates = True
     family = "feature"
     cost = "N C H W"

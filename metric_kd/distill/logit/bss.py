@@ -150,6 +150,7 @@ class BSS(PairTerm):
     """
 
     needs = ("logits",)
+    reads_labels = True
     family = "logit"
     cost = "N K + attacks"
     default_weight = 2.0

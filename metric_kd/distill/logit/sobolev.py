@@ -54,6 +54,7 @@ class Sobolev(Term):
 
     needs = ("logits",)
     reads_teacher = True
+    reads_labels = True
     differentiates = True
     same_images = True
     family = "logit"

@@ -222,6 +222,7 @@ class CRD(PairTerm):
     """
 
     needs = ("embedding",)
+    reads_labels = True
     family = "relational"
     cost = "N M D"
     default_weight = 0.8

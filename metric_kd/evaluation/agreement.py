@@ -1,0 +1,38 @@
+"""How alike two networks lay out the same images, without labels."""
+
+from torch import Tensor
+
+from metric_kd.errors import UserError
+from metric_kd.evaluation.search import find_neighbours
+
+NEIGHBOURS = 10
+
+
+def neighbours_of(vectors: Tensor, k: int = NEIGHBOURS) -> Tensor:
+    """(N, k) rows of the k nearest other vectors (Euclidean), nearest first. Raises ``UserError`` for k or fewer vectors."""
+    check_count(len(vectors), k)
+    return find_neighbours(vectors, k=k, query_labels=vectors.new_zeros(len(vectors))).indices
+
+
+def neighbours_shared(student: Tensor, teacher: Tensor, k: int = NEIGHBOURS) -> float:
+    """(1/N) sum_n |S_n and T_n| / k, where S_n and T_n are the k nearest other images of image n for student and teacher.
+
+    student (N, D), teacher (N, D'): embeddings of the same images; a student that is a turned and scaled copy of the
+    teacher has 1, one that knows nothing k / (N - 1). Raises ``UserError`` for k or fewer images.
+    """
+    return share_of(neighbours_of(student, k), neighbours_of(teacher, k))
+
+
+def share_of(one: Tensor, other: Tensor) -> float:
+    """The mean share of a row of ``one`` (N, k) that is also in that row of ``other``, each without duplicates."""
+    if one.shape != other.shape:
+        raise ValueError(
+            f"neighbours of shapes {tuple(one.shape)} and {tuple(other.shape)} are not of the same images."
+        )
+    return float((one[:, :, None] == other[:, None, :]).any(2).double().mean())
+
+
+def check_count(images: int, k: int = NEIGHBOURS) -> None:
+    """Raise ``UserError`` where so few images have no k neighbours."""
+    if images <= k:
+        raise UserError(f"{images} images have no {k} neighbours each; give more images.")
