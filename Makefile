@@ -5,7 +5,7 @@ BIN := $(VENV)/bin
 READY := $(VENV)/.ready
 export OMP_WAIT_POLICY ?= passive
 
-.PHONY: demo test lint torture clean
+.PHONY: demo test lint torture bench clean
 
 demo: $(READY)
 	$(BIN)/python examples/demo.py
@@ -20,6 +20,10 @@ lint: $(READY)
 
 torture: $(READY)
 	OMP_NUM_THREADS=1 $(BIN)/python tests/torture.py --kills 50
+
+# Speed and memory against the plain formulas, into benchmarks/results.json and the README; OPTIONS as in "--only angle".
+bench: $(READY)
+	$(BIN)/python benchmarks/run.py $(OPTIONS)
 
 # An environment that was built from the same setup.cfg is used again; a half-built one never carries the stamp.
 $(READY): setup.cfg pyproject.toml

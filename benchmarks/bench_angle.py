@@ -3,12 +3,10 @@
     python benchmarks/bench_angle.py [--quick]
 
 One thread, process CPU time, rounds interleaved, float32. Memory is the kernel's own high-water mark in a fresh process;
-Linux only. Float64 parity of value and gradient is asserted first. With a CUDA device at hand the same is measured there,
-in time between events.
+Linux only. Float64 parity of value and gradient is asserted first. bench_cuda.py does the same on a GPU.
 """
 
 import os
-import statistics
 import sys
 from collections.abc import Callable
 from functools import partial
@@ -21,7 +19,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 sys.path[:0] = [str(Path(__file__).resolve().parent), str(Path(__file__).resolve().parent.parent)]
-from measure import Row, interleaved, peak_in_a_process, ratio  # noqa: E402
+from measure import Row, Target, compared, interleaved, peak_in_a_process, show  # noqa: E402
 
 from metric_kd.functional import rkd_angle  # noqa: E402
 from metric_kd.kernels import VARIABLE  # noqa: E402
@@ -30,11 +28,13 @@ Loss = Callable[[Tensor, Tensor], Tensor]
 LARGE = (1024, 128)
 LARGE_MIB = 128.0
 TARGETS = {
-    ("torch", 256, 512): "18 by time, 50 by memory",
-    ("torch", 128, 128): "7 by time, 12 by memory",
-    ("numba", 256, 512): "100 by time",
-    ("numba", 128, 128): "40 by time",
+    ("torch", 256, 512): Target(time=18, tuned=15, memory=50),
+    ("torch", 128, 128): Target(time=7, memory=12),
+    ("numba", 256, 512): Target(time=100),
+    ("numba", 128, 128): Target(time=40),
 }
+FORMULA = "N x N x D formula"
+NAMES = {"torch": "torch alone", "numba": "numba kernel", "triton": "Triton kernel"}
 
 
 def plain(student: Tensor, teacher: Tensor) -> Tensor:
@@ -101,80 +101,42 @@ def prepared(name: str, n: int, d: int) -> Callable[[], Any]:
     return lambda: step(loss, student, teacher)
 
 
-def memory(name: str, n: int, d: int) -> float:
-    """Peak of one step in bytes, a page at least."""
-    return max(peak_in_a_process("bench_angle", "prepared", name, n, d), 4096)
-
-
 def at(n: int, d: int, rounds: int) -> list[Row]:
     student, teacher = inputs(n, d)
     names = [*kernels(), "plain"]
     found = interleaved({name: partial(step, loss_of(name), student, teacher) for name in names}, rounds)
-    peaks = {name: memory(name, n, d) for name in names}
-    milliseconds = {name: 1e3 * statistics.median(times) for name, times in found.items()}
+    peaks = {name: peak_in_a_process("bench_angle", "prepared", name, n, d) for name in names}
     return [
-        Row(
-            f"rkd_angle by {name}, formula",
+        compared(
+            f"RKD angle, {NAMES[name]}",
             f"N={n} D={d}",
-            milliseconds[name],
-            milliseconds["plain"],
-            ratio(found, name, "plain"),
-            peaks["plain"] / peaks[name],
-            TARGETS.get((name, n, d), ""),
+            found,
+            name,
+            "plain",
+            TARGETS.get((name, n, d), Target()),
+            memory_ratio=peaks["plain"] / peaks[name],
+            against=FORMULA,
         )
         for name in names[:-1]
     ]
 
 
 def large() -> list[Row]:
-    """Where the formula has no place: 4.3 GB for each of its tensors of cosines."""
+    """Memory where the formula has no place: 4.3 GB for each of its tensors of cosines."""
     n, d = LARGE
+    target = Target(most=LARGE_MIB)
     return [
         Row(
-            f"rkd_angle by {name}, its memory",
+            f"RKD angle, {NAMES[name]}, memory",
             f"N={n} D={d}",
-            memory(name, n, d) / 2**20,
+            peak_in_a_process("bench_angle", "prepared", name, n, d) / 2**20,
             None,
             None,
-            target=f"{LARGE_MIB:g} MiB at most",
+            target=target,
             unit="MiB",
         )
         for name in kernels()
     ]
-
-
-def on_cuda(rounds: int) -> list[Row]:
-    """The same on a GPU, where there is one: milliseconds between events, medians; N=2048 without a peer."""
-    if not torch.cuda.is_available() or not find_spec("triton"):
-        return []
-    found = []
-    for n, d in ((256, 512), (512, 512), (2048, 512)):
-        data = inputs(n, d, device="cuda")
-        names = ["triton", "torch"] + ["plain"] * (n < 2048)
-        times: dict[str, list[float]] = {name: [] for name in names}
-        for turn in range(rounds + 1):
-            for name in names:
-                taken = between_events(partial(step, loss_of(name), *data))
-                times[name] += [taken] * (turn > 0)  # the first compiles
-        for name in ("triton", "torch"):
-            own = statistics.median(times[name])
-            peer = statistics.median(times["plain"]) if "plain" in times else None
-            target = "30 by time" if (name, n) == ("triton", 512) else ""
-            ahead = None if peer is None else peer / own
-            found.append(Row(f"rkd_angle by {name} on CUDA, formula", f"N={n} D={d}", own, peer, ahead, None, target))
-    return found
-
-
-def between_events(function: Callable[[], Any], calls: int = 10) -> float:
-    """Milliseconds for each of some calls in a row."""
-    start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
-    function()
-    start.record()
-    for _ in range(calls):
-        function()
-    end.record()
-    torch.cuda.synchronize()
-    return float(start.elapsed_time(end)) / calls
 
 
 def rows(quick: bool = False) -> list[Row]:
@@ -182,17 +144,13 @@ def rows(quick: bool = False) -> list[Row]:
     assert_parity()
     rounds = 2 if quick else 5
     sizes = [(128, 128), (256, 512)] if quick else [(64, 128), (128, 128), (256, 128), (256, 512)]
-    return [row for size in sizes for row in at(*size, rounds)] + large() + on_cuda(rounds)
+    return [row for size in sizes for row in at(*size, rounds)] + large()
 
 
 def main() -> None:
     torch.set_num_threads(1)
     print(f"torch {torch.__version__}, 1 thread, GLIBC_TUNABLES={os.environ.get('GLIBC_TUNABLES', '(default)')}")
-    for row in rows("--quick" in sys.argv[1:]):
-        times = f"{row.ratio:.0f} times faster" if row.ratio else ""
-        less = f"{row.memory_ratio:.0f} times less memory" if row.memory_ratio else ""
-        target = f"(target {row.target})" if row.target else ""
-        print(f"{row.name}, {row.size}: {row.ours:.2f} {row.unit}", times, less, target, sep="  ")
+    show(rows("--quick" in sys.argv[1:]))
 
 
 if __name__ == "__main__":

@@ -23,7 +23,7 @@ import torch
 from torch import Tensor
 
 sys.path[:0] = [str(Path(__file__).resolve().parent), str(Path(__file__).resolve().parent.parent)]
-from measure import Row, interleaved, ratio  # noqa: E402
+from measure import Row, Target, compared, interleaved, ratio, show  # noqa: E402
 
 from metric_kd.data import Geometry, ImageLoader, ImageRecords, decode  # noqa: E402
 from metric_kd.data.folder import scan  # noqa: E402
@@ -32,6 +32,7 @@ from metric_kd.models import NetworkSpec, build_network  # noqa: E402
 
 MEAN, STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
 PHOTOS = "METRIC_KD_PHOTOS"
+CHAIN = "PIL and transforms"
 
 
 def plain_chain() -> Callable[[Any], Tensor]:
@@ -132,10 +133,10 @@ def photo_rows(photos: str, quick: bool, folder: str) -> list[Row]:
     where = f"{len(records)} photographs, batches of {size}, 224 px"
     agreement = f"worst {worst:.0f} dB"
     asked = [
-        ("random image to uint8 crop, from a pack", "pack", "plain", "20x"),
-        ("loader without workers to normalised batch, from a pack", "pack batch", "plain batch", "8x"),
-        (f"decode, resize and crop on line ({agreement})", "files", "plain", "1.5x"),
-        (f"loader without workers to normalised batch, from files ({agreement})", "files batch", "plain batch", ""),
+        ("random image to uint8 crop, from a pack", "pack", "plain", 20.0),
+        ("loader without workers to normalised batch, from a pack", "pack batch", "plain batch", 8.0),
+        (f"decode, resize and crop on line ({agreement})", "files", "plain", 1.5),
+        (f"loader without workers to normalised batch, from files ({agreement})", "files batch", "plain batch", None),
     ]
     return [
         Row(
@@ -143,11 +144,11 @@ def photo_rows(photos: str, quick: bool, folder: str) -> list[Row]:
             where,
             *(size / statistics.median(found[key]) for key in (own, peer)),
             ratio(found, own, peer),
-            None,
-            t,
-            "img/s",
+            target=Target(time=least),
+            unit="img/s",
+            against=CHAIN,
         )
-        for name, own, peer, t in asked
+        for name, own, peer, least in asked
     ]
 
 
@@ -171,9 +172,10 @@ def normalise_row(quick: bool) -> Row:
 
     torch.testing.assert_close(ours(), plain(), rtol=0, atol=1e-6)
     found = interleaved({"ours": ours, "plain": plain}, rounds=2 if quick else 5)
-    times = (1e3 * statistics.median(found[name]) for name in ("ours", "plain"))
-    target = "8x, 3x with the tuned allocator"
-    return Row("normalise a batch", f"{count}x3x224x224", *times, ratio(found, "ours", "plain"), None, target)
+    target = Target(time=8, tuned=3)
+    return compared(
+        "normalise a batch", f"{count}x3x224x224", found, "ours", "plain", target, against="ToTensor, stack"
+    )
 
 
 def rows(quick: bool, photos: str | None = None) -> list[Row]:
@@ -197,10 +199,7 @@ def main() -> int:
     parser.add_argument("--quick", action="store_true")
     options = parser.parse_args()
     torch.set_num_threads(1)
-    for row in rows(options.quick, options.photos):
-        assert row.peer is not None and row.ratio is not None
-        figures = f"{row.ours:.4g} {row.unit}, peer {row.peer:.4g}, {row.ratio:.1f}x"
-        print(f"{row.name} ({row.size}): {figures} (target {row.target or '-'})")
+    show(rows(options.quick, options.photos))
     return 0
 
 

@@ -7,7 +7,6 @@ One thread, process CPU time, rounds interleaved. Values and gradients are compa
 """
 
 import random
-import statistics
 import sys
 from collections.abc import Callable, Mapping
 from pathlib import Path
@@ -19,7 +18,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 sys.path[:0] = [str(Path(__file__).resolve().parent), str(Path(__file__).resolve().parent.parent)]
-from measure import Row, interleaved, peak_in_a_process, ratio  # noqa: E402
+from measure import Row, Target, compared, interleaved, peak_in_a_process, show  # noqa: E402
 
 from metric_kd.data.batches import ClassBalancedBatches  # noqa: E402
 from metric_kd.functional import dark_rank, rkd_distance  # noqa: E402
@@ -30,6 +29,8 @@ Loss = Callable[[Tensor, Tensor], Tensor]
 Triplets = tuple[Tensor, Tensor, Tensor]
 IMAGES, CLASSES = 59_551, 11_318
 """The training half of Stanford Online Products."""
+PML = "pytorch-metric-learning"
+TRIPLETS = "all-triplet margin loss"
 
 
 def plain_distances(x: Tensor) -> Tensor:
@@ -60,7 +61,7 @@ def plain_dark_rank(student: Tensor, teacher: Tensor, alpha: float = 2.0, beta: 
 def plain_triplets(labels: Tensor) -> Triplets:
     """Every positive pair with every negative of its anchor, one pair after the other."""
     same = labels.unsqueeze(0) == labels.unsqueeze(1)
-    pairs = (same & ~torch.eye(len(labels), dtype=torch.bool)).nonzero()
+    pairs = (same & ~torch.eye(len(labels), dtype=torch.bool, device=labels.device)).nonzero()
     anchors, positives, negatives = [], [], []
     for anchor, positive in pairs:
         negative = (~same[anchor]).nonzero().squeeze(1)
@@ -75,20 +76,25 @@ def plain_l2_triplet(x: Tensor, labels: Tensor) -> Tensor:
     return F.triplet_margin_loss(x[anchor], x[positive], x[negative], margin=0.2)
 
 
+def plain_weights(x: Tensor, same: Tensor) -> Tensor:
+    """The rule as it is written, with the maximum of the whole row."""
+    x = F.normalize(x, dim=1)
+    n, width = x.shape
+    distances = (plain_distances(x).square() + torch.eye(n)).sqrt().clamp(min=0.5)
+    log_weights = (2 - width) * distances.log() - (width - 3) / 2 * (1 - distances.square() / 4).log()
+    weights = (log_weights - log_weights.max(1, keepdim=True).values).exp()
+    weights = weights * ~same * (distances < 1.4)
+    empty = weights.sum(1, keepdim=True) <= 0
+    weights = weights + empty * ~same
+    return weights / weights.sum(1, keepdim=True)
+
+
 def plain_distance_weighted(x: Tensor, labels: Tensor) -> Triplets:
-    """The rule as it is written, with the maximum of the whole row, and one draw for each positive pair."""
+    """One draw for each positive pair."""
     with torch.no_grad():
-        x = F.normalize(x, dim=1)
-        n, width = x.shape
-        distances = (plain_distances(x).square() + torch.eye(n)).sqrt().clamp(min=0.5)
         same = labels.unsqueeze(0) == labels.unsqueeze(1)
-        log_weights = (2 - width) * distances.log() - (width - 3) / 2 * (1 - distances.square() / 4).log()
-        weights = (log_weights - log_weights.max(1, keepdim=True).values).exp()
-        weights = weights * ~same * (distances < 1.4)
-        empty = weights.sum(1, keepdim=True) <= 0
-        weights = weights + empty * ~same
-        weights = weights / weights.sum(1, keepdim=True)
-        anchor, positive = (same & ~torch.eye(n, dtype=torch.bool)).nonzero().unbind(1)
+        weights = plain_weights(x, same)
+        anchor, positive = (same & ~torch.eye(len(x), dtype=torch.bool)).nonzero().unbind(1)
         return anchor, positive, weights[anchor].multinomial(1).squeeze(1)
 
 
@@ -102,20 +108,6 @@ def plain_batches(members: Mapping[int, list[int]], batch: int, per_class: int, 
             if len(images) >= batch:
                 break
         batches.append(images[:batch])
-    return batches
-
-
-def numpy_batches(labels: np.ndarray, batch: int, per_class: int, iterations: int) -> list[np.ndarray]:
-    """As :func:`plain_batches`, with numpy's permutation and one look through all labels for every class."""
-    classes, batches = np.unique(labels), []
-    for _ in range(iterations):
-        images: list[np.ndarray] = []
-        for label in np.random.choice(classes, len(classes), replace=False):
-            found = np.where(labels == label)[0]
-            images.append(np.random.choice(found, min(per_class, len(found)), replace=False))
-            if sum(map(len, images)) >= batch:
-                break
-        batches.append(np.concatenate(images)[:batch])
     return batches
 
 
@@ -143,14 +135,14 @@ def step(loss: Loss, x: Tensor, other: Tensor) -> tuple[Tensor, Tensor]:
 
 
 LOSSES: dict[str, tuple[Loss, Loss]] = {
-    "rkd_distance": (rkd_distance, plain_rkd_distance),
-    "dark_rank": (dark_rank, plain_dark_rank),
-    "l2_triplet of all": (l2_triplet_all, plain_l2_triplet),
+    "RKD distance": (rkd_distance, plain_rkd_distance),
+    "DarkRank": (dark_rank, plain_dark_rank),
+    TRIPLETS: (l2_triplet_all, plain_l2_triplet),
 }
 
 
 def inputs(name: str, n: int, d: int, dtype: torch.dtype = torch.float32) -> tuple[Tensor, Tensor]:
-    if name == "l2_triplet of all":
+    if name == TRIPLETS:
         return embeddings(n, d, dtype), classes_of(n, 5)
     return embeddings(n, d, dtype), embeddings(n, d, dtype, seed=1)
 
@@ -172,75 +164,73 @@ def assert_parity() -> None:
     labels = classes_of(33, 4)
     for own, expected in zip(AllPairs()(embeddings(33, 2), labels), plain_triplets(labels), strict=True):
         assert torch.equal(own, expected)
+    assert_parity_of_draws()
 
 
-def row(name: str, size: str, found: Mapping[str, list[float]], peer: str, target: str) -> Row:
-    ours, theirs = (1e3 * statistics.median(found[whose]) if whose in found else None for whose in ("ours", peer))
-    assert ours is not None
-    ahead = ratio(found, "ours", peer) if peer in found else None
-    return Row(f"{name}, {peer}", size, ours, theirs, ahead, None, target)
+def assert_parity_of_draws() -> None:
+    """Draws themselves differ; what they are drawn from, and what a batch is made of, does not."""
+    x, labels = embeddings(64, 16, torch.float64), classes_of(64, 4)
+    expected = plain_weights(x, labels[:, None] == labels)
+    assert (DistanceWeighted().weights(x, labels) - expected).abs().max() <= 1e-9
+    ours, theirs = DistanceWeighted()(x, labels), plain_distance_weighted(x, labels)
+    assert torch.equal(ours[0], theirs[0]) and torch.equal(ours[1], theirs[1])
+    assert bool((expected[ours[0], ours[2]] > 0).all())
+    numbers = np.repeat(np.arange(30), 9)
+    members = {label: np.flatnonzero(numbers == label).tolist() for label in range(30)}
+    drawn = [*plain_batches(members, 64, 5, 3), *ClassBalancedBatches(numbers, 64, 5, 3, seed=0).epoch(0)]
+    for batch in drawn:
+        counts = np.bincount(numbers[batch])
+        assert len(set(batch)) == 64 and sorted(counts[counts > 0]) == [4] + [5] * 12
 
 
-def loss_row(name: str, n: int, d: int, target: str, rounds: int) -> Row:
+def loss_row(name: str, n: int, d: int, target: Target, rounds: int) -> Row:
     ours, theirs = LOSSES[name]
     x, other = inputs(name, n, d)
     times = interleaved({"ours": lambda: step(ours, x, other), "formula": lambda: step(theirs, x, other)}, rounds)
     peaks = [peak_in_a_process("bench_pairs", "prepared", name, whose, n, d) for whose in ("ours", "peer")]
-    return row(name, f"N={n} D={d}", times, "formula", target)._replace(memory_ratio=peaks[1] / max(peaks[0], 4096))
+    return compared(name, f"N={n} D={d}", times, "ours", "formula", target, memory_ratio=peaks[1] / peaks[0])
 
 
-def samplers(rounds: int) -> list[Row]:
+def sampler_rows(rounds: int) -> list[Row]:
     x, labels = embeddings(128, 128), classes_of(128, 5)
     y, of_eight = F.normalize(embeddings(256, 128)), classes_of(256, 8)
     indices = {"ours": lambda: AllPairs()(x, labels), "formula": lambda: plain_triplets(labels)}
     draws = {"ours": lambda: DistanceWeighted()(y, of_eight), "formula": lambda: plain_distance_weighted(y, of_eight)}
     if pml := pytorch_metric_learning():
         miner = pml["miner"]()
-        indices["pytorch-metric-learning"] = lambda: pml["triplets"](labels)
-        draws["pytorch-metric-learning"] = lambda: miner(y, of_eight)
-    times, drawn = interleaved(indices, rounds), interleaved(draws, rounds)
+        indices[PML] = lambda: pml["triplets"](labels)
+        draws[PML] = lambda: miner(y, of_eight)
+    work = [
+        ("all triplets", "N=128, 5 a class", interleaved(indices, rounds), {"formula": 12, PML: 3}),
+        ("distance-weighted triplets", "N=256 D=128, 8 a class", interleaved(draws, rounds), {"formula": 5, PML: 10}),
+    ]
     return [
-        row("all triplets", "N=128, 5 a class", times, "formula", "12 by time"),
-        row("all triplets", "N=128, 5 a class", times, "pytorch-metric-learning", "3 by time"),
-        row("distance-weighted triplets", "N=256 D=128, 8 a class", drawn, "formula", "5 by time"),
-        row("distance-weighted triplets", "N=256 D=128, 8 a class", drawn, "pytorch-metric-learning", "10 by time"),
+        compared(name, size, times, "ours", peer, Target(time=target))
+        for name, size, times, targets in work
+        for peer, target in targets.items()
+        if peer in times
     ]
 
 
-def batches(rounds: int) -> list[Row]:
+def batch_rows(rounds: int) -> list[Row]:
     """100 batches; pytorch-metric-learning wants whole classes, so there 60 images instead of 64."""
     labels = labels_of_products()
     members: dict[int, list[int]] = {}
     for index, label in enumerate(labels.tolist()):
         members.setdefault(label, []).append(index)
     ours, of_sixty = (ClassBalancedBatches(labels, batch, 5, 100, seed=0) for batch in (64, 60))
-    times = interleaved(
-        {
-            "ours": lambda: ours.epoch(0),
-            "formula": lambda: plain_batches(members, 64, 5, 100),
-            "formula in numpy": lambda: numpy_batches(labels, 64, 5, 100),
-        },
-        rounds,
-    )
-    whole: dict[str, Callable[[], Any]] = {"ours": lambda: of_sixty.epoch(0)}
+    name, size = "class-balanced batches", f"100 of {{}}, {IMAGES} images, {CLASSES} classes"
+    plain = {"ours": lambda: ours.epoch(0), "formula": lambda: plain_batches(members, 64, 5, 100)}
+    found = [compared(name, size.format(64), interleaved(plain, rounds), "ours", "formula", Target(time=80))]
     if pml := pytorch_metric_learning():
         sampler = pml["batches"](labels, 5, 60, 6000)
-        whole["pytorch-metric-learning"] = lambda: list(sampler)
-    size = f"100 of 64, {CLASSES} classes"
-    return [
-        row("class-balanced batches", size, times, "formula", "80 by time"),
-        row("class-balanced batches", size, times, "formula in numpy", ""),
-        row(
-            "class-balanced batches",
-            size.replace("64", "60"),
-            interleaved(whole, rounds),
-            "pytorch-metric-learning",
-            "8 by time",
-        ),
-    ]
+        whole: dict[str, Callable[[], Any]] = {"ours": lambda: of_sixty.epoch(0), PML: lambda: list(sampler)}
+        found.append(compared(name, size.format(60), interleaved(whole, rounds), "ours", PML, Target(time=8)))
+    return found
 
 
 def pytorch_metric_learning() -> dict[str, Any] | None:
+    """What is compared with, where it is installed."""
     try:
         from pytorch_metric_learning.miners import DistanceWeightedMiner
         from pytorch_metric_learning.samplers import MPerClassSampler
@@ -255,14 +245,13 @@ def rows(quick: bool = False) -> list[Row]:
     assert_parity()
     rounds = 2 if quick else 5
     losses = [
-        loss_row("rkd_distance", 1024, 512, "3 by time", rounds),
-        loss_row("dark_rank", 1024, 512, "2.5 by time", rounds),
-        loss_row("l2_triplet of all", 128, 128, "60 by time, 40 by memory", rounds),
+        loss_row("RKD distance", 1024, 512, Target(time=3), rounds),
+        loss_row("DarkRank", 1024, 512, Target(time=2.5), rounds),
+        loss_row(TRIPLETS, 128, 128, Target(time=60, memory=40), rounds),
     ]
-    return losses + samplers(rounds) + batches(rounds)
+    return losses + sampler_rows(rounds) + batch_rows(rounds)
 
 
 if __name__ == "__main__":
     torch.set_num_threads(1)
-    for line in rows("--quick" in sys.argv[1:]):
-        print(line)
+    show(rows("--quick" in sys.argv[1:]))

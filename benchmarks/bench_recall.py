@@ -4,15 +4,13 @@ pytorch-metric-learning where it is installed.
     python benchmarks/bench_recall.py [--quick]
 
 One thread, process CPU time, rounds interleaved; values are compared before anything is timed. The product is in the blocks
-in which it is fastest here. Without --quick also once at the size of Stanford Online Products' test set, which takes about a
-minute; there the plain formula would need 50 GiB.
+in which it is fastest here. Without --quick also, in three rounds, at the size of Stanford Online Products' test set, which
+takes some minutes; there the plain formula would need 50 GiB.
 """
 
 import sys
-import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from statistics import median
 from typing import Any
 
 import torch
@@ -20,7 +18,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 sys.path[:0] = [str(Path(__file__).resolve().parent), str(Path(__file__).resolve().parent.parent)]
-from measure import Row, interleaved, peak_in_a_process, ratio  # noqa: E402
+from measure import Row, Target, compared, interleaved, peak_in_a_process, show  # noqa: E402
 
 from metric_kd.evaluation.embed import Embeddings  # noqa: E402
 from metric_kd.evaluation.metrics import recall  # noqa: E402
@@ -32,8 +30,13 @@ KS = (1, 2, 4, 8)
 CARS, PRODUCTS = (8131, 98), (60_502, 11_316)
 """(images, classes) of the test sets of Cars196 and Stanford Online Products."""
 METRICS = ["precision@1", "r_precision", "map@r"]
+NOISE = 3.5
+"""Spread about a centre: so much that not all neighbours are of the query's class, or equal values would say little."""
 QUERIES, ROWS = 2048, 4096
 """The blocks of the bare product."""
+RECALL = "Recall@1,2,4,8"
+OF_PRODUCT = Target(time=1 / 1.4)
+"""1.4 times the time of the product at most."""
 
 
 def clustered(images: int, classes: int) -> tuple[Tensor, Tensor]:
@@ -43,7 +46,7 @@ def clustered(images: int, classes: int) -> tuple[Tensor, Tensor]:
     centres = torch.randn(classes, WIDTH, generator=draw)
     x = torch.randn(images, WIDTH, generator=draw)
     for part, own in zip(x.split(1024), labels.split(1024), strict=True):
-        part.mul_(2.5).add_(centres[own])
+        part.mul_(NOISE).add_(centres[own])
         F.normalize(part, out=part)
     return x, labels
 
@@ -97,20 +100,23 @@ def recall_rows(rounds: int) -> list[Row]:
         faiss.omp_set_num_threads(1)
         functions["faiss"] = lambda: faiss.knn(x.numpy(), x.numpy(), max(KS) + 1)
     found = interleaved(functions, rounds)
-    memory = [peak_in_a_process("bench_recall", "prepare", which, *CARS) for which in ("plain", "ours")]
-    names = {
-        "product": ("Recall@1,2,4,8 / bare product", "time at least 0.71 (1.4 times the product)"),
-        "faiss": ("Recall@1,2,4,8 / search by faiss alone", ""),
-        "plain": ("Recall@1,2,4,8 / all distances at once", "time at least 2 (tuned 1.3), memory 10"),
+    memory = [peak_in_a_process("bench_recall", "prepare", which, *CARS, times=1) for which in ("plain", "ours")]
+    against = {
+        "product": ("bare product", OF_PRODUCT),
+        "faiss": ("search by faiss alone", Target()),
+        "plain": ("all distances at once", Target(time=2, tuned=1.3, memory=10)),
     }
+    size = f"{CARS[0]} x {WIDTH}"
     rows = [
-        _row(name, CARS[0], found, "ours", peer, target)._replace(
-            memory_ratio=memory[0] / memory[1] if peer == "plain" else None
-        )
-        for peer, (name, target) in names.items()
+        compared(RECALL, size, found, "ours", peer, target, against=name)
+        for peer, (name, target) in against.items()
         if peer in found
     ]
-    return [*rows, _row("search without faiss / bare product", CARS[0], found, "torch", "product")]
+    rows[-1] = rows[-1]._replace(memory_ratio=memory[0] / memory[1])
+    return [
+        *rows,
+        compared(f"{RECALL}, without faiss", size, found, "torch", "product", Target(), against="bare product"),
+    ]
 
 
 def metric_rows(rounds: int) -> list[Row]:
@@ -133,49 +139,32 @@ def metric_rows(rounds: int) -> list[Row]:
         assert all(abs(ours[a] - theirs[b]) < 1e-6 for a, b in zip(METRICS, names, strict=True)), (ours, theirs)
         functions["theirs"] = lambda: calculator.get_accuracy(x, labels)
     found = interleaved(functions, rounds)
-    size = f"{CARS[0]} x {WIDTH}"
-    rows = [
-        _row("P@1, R-precision, MAP@R / search for 8 alone", CARS[0], found, "ours", "8 alone", "time at least 0.71")
-    ]
+    name, size = "P@1, R-precision, MAP@R", f"{CARS[0]} x {WIDTH}"
+    rows = [compared(name, size, found, "ours", "8 alone", OF_PRODUCT, against="search for 8 alone")]
     if "theirs" in found:
-        name = "P@1, R-precision, MAP@R / pytorch-metric-learning"
-        rows.append(_row(name, CARS[0], found, "ours", "theirs", "time at least 1")._replace(size=size))
+        rows.append(compared(name, size, found, "ours", "theirs", Target(time=1), against="pytorch-metric-learning"))
     return rows
 
 
 def large_rows() -> list[Row]:
-    """Once at 60,502 x 512: time against the product, and memory beyond the embeddings."""
+    """At 60,502 x 512: time against the product, and memory beyond the embeddings."""
     x, labels = clustered(*PRODUCTS)
-    multiply = product(x)
-    first = _seconds(multiply)
-    ours = _seconds(lambda: recall(x, labels, KS))
-    theirs = (first + _seconds(multiply)) / 2
-    memory = peak_in_a_process("bench_recall", "prepare", "ours", *PRODUCTS) / 2**20
+    found = interleaved({"product": product(x), "ours": lambda: recall(x, labels, KS)}, rounds=3)
+    memory = peak_in_a_process("bench_recall", "prepare", "ours", *PRODUCTS, times=1) / 2**20
     size = f"{PRODUCTS[0]} x {WIDTH}"
-    target = "time at least 0.71 (1.4 times the product)"
+    target = Target(most=100)
     return [
-        Row("Recall@1,2,4,8 / bare product", size, 1e3 * ours, 1e3 * theirs, theirs / ours, target=target),
-        Row("memory beyond the embeddings", size, memory, None, None, target="at most 100 MiB", unit="MiB"),
+        compared(RECALL, size, found, "ours", "product", OF_PRODUCT, against="bare product"),
+        Row(f"{RECALL}, memory beyond the embeddings", size, memory, None, None, target=target, unit="MiB"),
     ]
 
 
-def _seconds(work: Callable[[], Any]) -> float:
-    started = time.process_time()
-    work()
-    return time.process_time() - started
-
-
-def _row(name: str, images: int, found: dict[str, list[float]], ours: str, peer: str, target: str = "") -> Row:
-    mine, theirs = (1e3 * median(found[which]) for which in (ours, peer))
-    return Row(name, f"{images} x {WIDTH}", mine, theirs, ratio(found, ours, peer), target=target)
-
-
-def rows(quick: bool) -> list[Row]:
-    torch.set_num_threads(1)
+def rows(quick: bool = False) -> list[Row]:
+    """Every comparison, after the values are compared."""
     rounds = 3 if quick else 5
     return [*recall_rows(rounds), *metric_rows(rounds), *([] if quick else large_rows())]
 
 
 if __name__ == "__main__":
-    for row in rows("--quick" in sys.argv):
-        print(row)
+    torch.set_num_threads(1)
+    show(rows("--quick" in sys.argv[1:]))
