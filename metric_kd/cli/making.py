@@ -84,7 +84,11 @@ def make_batches(session: Session) -> Any:
         batch=config.relation_batch or config.batch,
         iter_per_epoch=None if steps is None else steps * config.accumulate,
     )
-    return session.goal.batches(drawn, session.losses, session.train.records)
+    batches = session.goal.batches(drawn, session.losses, session.train.records)
+    held = getattr(batches, "held", drawn.batch)
+    if held < drawn.batch:
+        session.notes.append(f"a step takes {held} images instead of {drawn.batch}: the training images cannot fill it")
+    return batches
 
 
 def make_settings(config: RunConfig, iterations: int) -> Settings:

@@ -96,8 +96,11 @@ class ClassBalancedBatches:
         self._order = np.argsort(labels, kind="stable")
         self._starts = np.concatenate([[0], np.cumsum(counts)[:-1]])
         self._take = np.minimum(counts, per_class)
-        if (largest := int(self._take.sum())) < world:
+        largest = min(batch, int(self._take.sum()))
+        if largest < world:
             raise UserError(f"batches have {largest} images for {world} processes; give more images, or start fewer.")
+        self.held = largest - largest % world
+        """Images in a batch over all ranks: ``batch``, or as many as there are."""
 
     def __len__(self) -> int:
         return self.iterations

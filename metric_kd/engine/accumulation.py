@@ -1,5 +1,6 @@
 """The gradient of a step from one batch or several, one after the other."""
 
+import warnings
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import nullcontext
 from itertools import islice
@@ -33,6 +34,8 @@ def exchanging(task: nn.Module, device: torch.device, averages: bool) -> nn.Modu
         copy_from_main([*task.parameters(), *task.buffers()])
         return task
     ids = [device.index] if device.type == "cuda" else None
+    # Stages, and losses of weight 0, leave parts unused; that other runs use them all is no news to their users.
+    warnings.filterwarnings("ignore", message="find_unused_parameters=True was specified")
     module = DistributedDataParallel(task, device_ids=ids, find_unused_parameters=True)
     # Statistics need not be alike while they are only written: evaluation and checkpoints take the main process's.
     module.broadcast_buffers = False

@@ -138,3 +138,10 @@ def test_shuffled_batches_can_drop_the_short_one_and_change_every_epoch():
     np.testing.assert_array_equal(batches.epoch(1), ShuffledBatches(10, 4, 0, drop_last=True).epoch(1))
     with pytest.raises(UserError, match="give more images"):
         ShuffledBatches(1, 2, 0, 0, 2)
+
+
+def test_it_says_how_many_images_a_batch_holds():
+    labels = np.arange(30) % 3  # ten of each class, of which four at most
+    for batch, world, held in ((9, 1, 9), (16, 1, 12), (20, 5, 10), (16, 8, 8)):
+        batches = ClassBalancedBatches(labels, batch, 4, 3, seed=0, world=world)
+        assert batches.held == held == world * len(batches.epoch(1)[0])
