@@ -1,7 +1,10 @@
 """The compiled kernels of the angle loss against PyTorch's form of it, and which of them is chosen."""
 
+import json
 import subprocess
 import sys
+import threading
+import time
 import warnings
 from importlib.util import find_spec
 
@@ -9,12 +12,17 @@ import oracles
 import pytest
 import torch
 from pinned import assert_close, case
+from tiny import TINY
 from torch.autograd import gradcheck
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from metric_kd import kernels
+from metric_kd.cli.distill import main as distill
+from metric_kd.cli.parse import parse
+from metric_kd.cli.validate import validate
 from metric_kd.distances import Pairwise
 from metric_kd.distill.relational.rkd_angle import angle_gap, angle_gap_in_tiles
+from metric_kd.engine.checkpoint import read_checkpoint
 from metric_kd.engine.reproducibility import environment
 from metric_kd.errors import UserError
 from metric_kd.functional import rkd_angle
@@ -157,6 +165,25 @@ def test_results_depend_on_neither_threads_nor_calls(numba_kernel, n):
     assert_close(first[1].double(), angle_gap_in_tiles(u.double(), v.double())[1], 1e-5)
 
 
+def test_no_more_threads_than_torch_has(numba_kernel, monkeypatch):
+    numba_kernel.angle_gap(*squared(300, torch.float32))
+    running, most, call = set(), [], numba_kernel._call
+
+    def counted(*arguments):
+        running.add(threading.get_ident())
+        most.append(len(running))
+        time.sleep(0.02)
+        call(*arguments)
+        running.discard(threading.get_ident())
+
+    monkeypatch.setattr(numba_kernel, "_call", counted)
+    for threads in (1, 2, 3):
+        torch.set_num_threads(threads)
+        most.clear()
+        numba_kernel.angle_gap(*squared(300, torch.float32))
+        assert len(most) == 4 and max(most) == threads
+
+
 class LargestTensor(TorchDispatchMode):
     """The most elements that any tensor had which was made under it."""
 
@@ -246,6 +273,26 @@ def test_torch_takes_over_from_a_kernel_that_fails(monkeypatch, broken_kernel):
     assert environment(CPU)["kernels"] == "torch"
 
 
+def test_a_run_records_what_computed_it(monkeypatch, broken_kernel, image_folder, teacher_run, tmp_path):
+    monkeypatch.delenv(kernels.VARIABLE, raising=False)
+    flags = [*TINY, "--data", str(image_folder), "--teacher_load", str(teacher_run), "--loss", "rkd_angle:1"]
+    with pytest.warns(UserWarning, match="PyTorch computes it from here on"):
+        distill([*flags, "--save_dir", str(tmp_path / "run")])
+    assert json.loads((tmp_path / "run" / "card.json").read_text())["environment"]["kernels"] == "torch"
+    assert read_checkpoint(tmp_path / "run" / "last.pth")["environment"]["kernels"] == "torch"
+
+
+def test_a_wish_that_cannot_be_met_is_refused_before_any_work(monkeypatch, tmp_path):
+    for wish, sentence in (
+        ("nubma", "unknown METRIC_KD_KERNELS 'nubma'"),
+        ("triton", "METRIC_KD_KERNELS=triton was asked"),
+    ):
+        monkeypatch.delenv("TRITON_INTERPRET", raising=False)
+        monkeypatch.setenv(kernels.VARIABLE, wish)
+        config = parse("train", [*TINY, "--data", str(tmp_path / "none")]).config
+        assert any(text.startswith(sentence) for text in validate(config))
+
+
 def test_a_kernel_that_was_insisted_on_fails_aloud(monkeypatch, broken_kernel):
     monkeypatch.setenv(kernels.VARIABLE, "numba")
     with pytest.raises(UserError, match=r"asked for, but its kernel failed \(no compiler\); unset it"):
@@ -261,13 +308,15 @@ def test_memory_that_runs_out_is_no_reason_for_another_kernel(monkeypatch, broke
         rkd_angle(rows(6, 3), rows(6, 3, seed=1))
 
 
-@pytest.mark.parametrize("at_call", [False, True])
-def test_cache_on_disk_that_cannot_be_used(numba_kernel, monkeypatch, at_call):
-    u, v = squared(5)
+@pytest.mark.parametrize("at_call, n", [(False, 5), (True, 5), (True, 200)])
+def test_cache_on_disk_that_cannot_be_used(numba_kernel, monkeypatch, at_call, n):
+    u, v = squared(n)  # 200: three groups of anchors, each in a thread of its own
+    torch.set_num_threads(3)
     expected = numba_kernel.angle_gap(u, v)
     compiled, asked = numba_kernel._compiled[0], []
 
     def fails(*arguments):
+        time.sleep(0.05)  # the others come in the meantime
         raise OSError("no space left on device")
 
     def compile_(cache):

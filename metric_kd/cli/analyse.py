@@ -55,6 +55,14 @@ def main(arguments: Sequence[str], program: str | None = None) -> int:
     against = options.against or config.get("teacher_load")
     if against is None:
         raise UserError(f"{options.run} was trained without a teacher; name a network, as in --against RUN_OR_FILE.")
+    if Path(against).suffix == ".npy":
+        raise UserError(
+            f"{against} holds embeddings, which have no layers; name a network, as in --against RUN_OR_FILE."
+        )
+    if config.get("unlabelled"):
+        raise UserError(
+            f"{options.run} was trained without labels and has no test images; analyse a run that has some."
+        )
     find_checkpoint(against, "teacher")
     evaluation = ["--mode", "eval", "--load", options.run, "--batch", str(options.batch), "--device", options.device]
     evaluation += [f"--{key}={value}" for key in ("pack", "pack_jpeg") if (value := getattr(options, key)) is not None]

@@ -12,7 +12,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from metric_kd.cli.comparison import CONTROL, Comparison, Row, main_metric, read_comparison
+from metric_kd.cli.comparison import CONTROL, Comparison, Row, main_metric, read_comparison, with_own_cache
 from metric_kd.cli.config import DistillConfig, to_dict
 from metric_kd.cli.fitting import fit, say
 from metric_kd.cli.making import make_task
@@ -32,7 +32,7 @@ def main(arguments: Sequence[str], program: str | None = None) -> int:
         raise UserError("compare runs one network after the other in one process; start it without torchrun.")
     comparison = read_comparison(Path(options.file))
     _check_folder(comparison)
-    _rehearse(comparison)
+    _rehearse(comparison, options.dry_run)
     if options.dry_run:
         print("\n".join(_plan(comparison)))
         return 0
@@ -236,8 +236,9 @@ def _plan(comparison: Comparison) -> list[str]:
     return [*lines, f"nothing was run; the results would lie in {comparison.save_dir}"]
 
 
-def _rehearse(comparison: Comparison) -> None:
-    """Load the data and build what is still to run, so that nothing is refused after hours; writes nothing.
+def _rehearse(comparison: Comparison, trial: bool) -> None:
+    """Load the data and build what is still to run, so that nothing is refused after hours; writes nothing but, unless this
+    is all (``trial``), a pack.
 
     Rows share what is loaded, but for those with peers or coders of their own.
     """
@@ -250,11 +251,13 @@ def _rehearse(comparison: Comparison) -> None:
     sessions: dict[tuple[str | None, ...], Session] = {}
     try:
         for row in rows:
-            config = replace(row.only.config, save_dir=None, student_init=None, select=select)
+            config = with_own_cache(replace(row.only.config, save_dir=None, student_init=None, select=select))
+            # A dry run checks a teacher's cache where there is one, and makes none; nor a pack.
+            config = replace(config, dry_run=trial or getattr(config, "teacher_cache", None) is not None)
             teaches = isinstance(config, DistillConfig)
-            networks: tuple[str | None, ...] = (None, None)
+            networks: tuple[str | None, ...] = (None, None, None)
             if isinstance(config, DistillConfig):
-                networks = (*config.mutual, config.granularity, config.granularity_load)
+                networks = (*config.mutual, config.granularity, config.granularity_load, config.teacher_cache)
             if networks not in sessions:
                 sessions[networks] = build(Parsed(config, row.only.given))
             session = replace(sessions[networks], config=config)

@@ -10,6 +10,7 @@
 
 - ``common``: flags of run_distill.py for all rows, and ``preset``. What a comparison is about (losses, seeds, folders,
   selection, starts) is not among them.
+  Of ``teacher_cache: FILE`` come FILE-val, for runs on fewer images, and FILE-logits, for losses that read them.
 - ``methods``: row -> its losses; or a map of ``loss``, ``weights`` (each stands for ``{weight}`` in the losses, the best
   on held-out training data is taken) and ``mutual`` (peers that are trained along, instead of a teacher).
 - ``alone``: losses of the student without a teacher; default cross_entropy, for embeddings l2_triplet.
@@ -27,12 +28,14 @@ from typing import Any
 
 import yaml
 
-from metric_kd.cli.config import RunConfig, TrainConfig, known_keys
+from metric_kd.cli.config import DistillConfig, RunConfig, TrainConfig, known_keys
 from metric_kd.cli.goals import goal_of
+from metric_kd.cli.losses import losses_of
 from metric_kd.cli.parse import Parsed, parse
 from metric_kd.cli.session import checked
 from metric_kd.engine.optimisation import milestone
 from metric_kd.errors import UserError, one_of
+from metric_kd.losses.objective import Objective
 
 KEYS = ["save_dir", "seeds", "search_seeds", "common", "alone", "control_epochs", "methods"]
 METHOD_KEYS = ["loss", "weights", "mutual"]
@@ -52,6 +55,7 @@ _OURS = {
     "student_init": "all students of a seed start from one file in save_dir",
     "load": "all students of a seed start from one file in save_dir; weights to start from can be given as pretrained",
     "select": "weights are chosen on held-out training data, results are those of the last epoch",
+    "unlabelled": "the student is trained alone too, and that takes labels",
     "resume": "finished runs are skipped and others go on; delete a run's folder to repeat it",
     "dry_run": "it is a flag of the command",
 }
@@ -109,7 +113,21 @@ class Comparison:
     def _run(self, row: Row, weight: str, seed: int, folder: Path, select: Any) -> Parsed:
         config, given = row.candidates[weight]
         start = str(self.save_dir / f"init-seed{seed}.pth")
-        return Parsed(replace(config, seed=seed, save_dir=str(folder), student_init=start, select=select), given)
+        run = replace(config, seed=seed, save_dir=str(folder), student_init=start, select=select)
+        return Parsed(with_own_cache(run), given)
+
+
+def with_own_cache(config: RunConfig) -> RunConfig:
+    """A checked config with a --teacher_cache that serves it: rows share the file that ``common`` names where they can.
+
+    Weights are judged by runs on fewer images (FILE-val), and some losses read the teacher's logits (FILE-logits).
+    """
+    if not isinstance(config, DistillConfig) or config.teacher_cache is None:
+        return config
+    file = Path(config.teacher_cache)
+    suffix = "-val" if config.select == "val" else ""
+    suffix += "-logits" if "logits" in Objective(losses_of(config)).all_needs[1] else ""
+    return replace(config, teacher_cache=str(file.with_name(f"{file.stem}{suffix}{file.suffix}")))
 
 
 def main_metric(config: RunConfig) -> tuple[str, str]:

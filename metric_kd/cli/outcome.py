@@ -90,6 +90,9 @@ def _notes(comparison: Comparison, outcomes: Sequence[Outcome], control_words: s
     slow = [o.row.name for o in outcomes if not o.failure and control and o.seconds and o.seconds > SLOWER * control]
     if slow:
         notes.append(f"Not at equal compute: one run of {', '.join(slow)} took longer than one of control.")
+    views = max(getattr(config, "views", 0) for config in _configs(comparison))
+    if views:
+        notes.append(f"alone and control see new crops in every epoch, the methods {views} fixed ones of every image.")
     what = "images" if comparison.alone.only.config.task == "classification" else "classes"
     for outcome in outcomes:
         name = outcome.row.name

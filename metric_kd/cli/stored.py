@@ -59,8 +59,15 @@ def _with_layer(config: Any) -> Any:
 def _with_data_of(config: Any, path: str, given: frozenset[str]) -> Any:
     """The data on which a run was trained, where the flags do not say another."""
     stored = run_of(path).stored_config() or {}
-    keys = ("task", "classifier", "dataset", "data", "labels", "train_classes", "recall", "top")
-    return replace(config, **{key: stored[key] for key in keys if key in stored and key not in given})
+    keys = {"task", "classifier", "dataset", "data", "labels", "train_classes", "recall", "top"}
+    if stored.get("unlabelled"):
+        if not given & {"dataset", "data"}:
+            raise UserError(
+                f"{path} was trained without labels, so its images have none to measure by; name images with classes, as in "
+                "--dataset folder --data DIR."
+            )
+        keys.remove("data")
+    return replace(config, **{key: stored[key] for key in sorted(keys) if key in stored and key not in given})
 
 
 def _adopt(config: Any, path: str, prefix: str, given: frozenset[str], role: str) -> Any:

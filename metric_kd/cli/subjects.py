@@ -193,7 +193,10 @@ def _records(config: QuantifyConfig) -> tuple[ImageRecords, Path | None]:
         return ImageRecords("images", labels, ("images",), paths=tuple(paths)), Path(config.images)
     run = next((path for path in (config.distilled, config.baseline, config.teacher) if path is not None), None)
     assert run is not None
-    if run_of(run).stored_config() is None:
+    stored = run_of(run).stored_config()
+    if stored is not None and stored.get("unlabelled"):
+        raise UserError(f"{run} was trained without labels; name its images, as in --images {stored['data']}.")
+    if stored is None:
         raise UserError(f"{run} does not say which images it was trained on; give a folder of images, as --images DIR.")
     return load_splits(checked(parse("train", ["--mode", "eval", "--load", run])).config).train, None
 

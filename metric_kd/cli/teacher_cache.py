@@ -110,6 +110,11 @@ def refusals(config: RunConfig) -> list[str]:
         sentences += _unwritable(Path(cache))
     elif not Path(str(array)).is_file():
         sentences.append(f"--teacher_load {array} does not exist; check the path.")
+    elif not Path(str(array)).with_suffix(".csv").is_file():
+        sentences.append(
+            f"--teacher_load {array} has no {Path(str(array)).with_suffix('.csv')} beside it; write the paths of the images "
+            "there, below the header `path`."
+        )
     what = f"--teacher_load {array}" if array is not None else "--teacher_cache"
     sentences += [
         f"{what} is a teacher without a network, which --{flag} needs; leave one of them out."

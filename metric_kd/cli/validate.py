@@ -4,6 +4,7 @@ from collections.abc import Callable, Iterable
 from functools import partial
 from pathlib import Path
 
+from metric_kd import kernels
 from metric_kd.cli import steps, teacher_cache, unlabelled
 from metric_kd.cli.config import (
     DistillConfig,
@@ -196,6 +197,8 @@ def _device(config: RunConfig) -> list[str]:
     sentences = _refusals((lambda: check_device(config.device),))
     if config.sync_bn and not sentences and choose_device(config.device).type != "cuda":
         sentences.append("--sync_bn needs CUDA, PyTorch has no such batch normalisation for the CPU; leave it out.")
+    if not (sentences or is_evaluation(config)):
+        sentences += _refusals((lambda: kernels.chosen(choose_device(config.device)),))
     return sentences
 
 

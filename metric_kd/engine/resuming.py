@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 
-from metric_kd import distributed
+from metric_kd import distributed, kernels
 from metric_kd.engine import reproducibility
 from metric_kd.engine.logging import not_finite
 from metric_kd.engine.tasks import Task
@@ -23,6 +23,8 @@ def progress(trainer: "Trainer", seconds: float) -> dict[str, Any] | None:
     All processes call it together; the main one gets the content, the others None.
     """
     losses = trainer.losses.state()
+    # One that failed on the way is not what computes.
+    trainer.environment["kernels"] = kernels.described(trainer.device)
     states = distributed.gather_objects(reproducibility.random_states())
     if not distributed.is_main():
         return None

@@ -1,5 +1,6 @@
 """The angle loss on the CPU in one pass over the triples, compiled by numba; imported only where it is used."""
 
+import threading
 import warnings
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
@@ -198,18 +199,28 @@ def _compile(cache: bool) -> Callable[..., None]:
 
 
 _compiled: list[Callable[..., None]] = []
+_starting = threading.Lock()
 
 
 def _call(*arguments: Any) -> None:
     """The compiled kernel; where its cache on disk cannot be used, compiled for this process, with one warning."""
     if not _compiled:
-        try:
-            _compiled.append(_compile(cache=True))
-            _compiled[0](*arguments)
-            return
-        except Exception as error:  # no place to write, a full disk, a damaged file: numba lets them all through
-            warnings.warn(
-                f"numba could not keep its kernel on disk ({error}); it is compiled anew in each process.", stacklevel=2
-            )
-            _compiled[:] = [_compile(cache=False)]
+        with _starting:  # threads come here together: one tries, the others wait for what works
+            if not _compiled:
+                _compiled.append(_tried(*arguments))
+                return
     _compiled[0](*arguments)
+
+
+def _tried(*arguments: Any) -> Callable[..., None]:
+    """The kernel that has served a first call."""
+    try:
+        kernel = _compile(cache=True)
+        kernel(*arguments)
+    except Exception as error:  # no place to write, a full disk, a damaged file: numba lets them all through
+        warnings.warn(
+            f"numba could not keep its kernel on disk ({error}); it is compiled anew in each process.", stacklevel=2
+        )
+        kernel = _compile(cache=False)
+        kernel(*arguments)
+    return kernel

@@ -212,6 +212,23 @@ def test_embeddings_and_peers(call, content, teacher_run, image_folder, tmp_path
     assert "Recall@2" in (tmp_path / "out" / "table.txt").read_text()
 
 
+def test_rows_and_searches_share_the_teachers_cache_where_it_serves_them(call, content, tmp_path, capsys):
+    content["common"] |= {"teacher_cache": str(tmp_path / "c.h5"), "views": 2, "epochs": 1}
+    content |= {"seeds": [0], "control_epochs": 1}
+    content["methods"] = {
+        "st": {"loss": ["cross_entropy:1", "st:{weight}"], "weights": [1, 2]},
+        "rkd": ["cross_entropy:1", "rkd:1"],
+        "pkt": ["cross_entropy:1", "pkt:1"],
+    }
+    assert call("--dry_run") == 0 and not list(tmp_path.glob("*.h5")), "nothing was run"
+    assert call() == 0, capsys.readouterr().err
+    assert {file.name for file in tmp_path.glob("*.h5")} == {"c.h5", "c-logits.h5", "c-val-logits.h5"}
+    numbers, rows = results(tmp_path)
+    assert not any(row["failure"] for row in rows.values())
+    assert any("the methods 2 fixed ones" in note for note in numbers["notes"])
+    assert call() == 0, "nothing is left to run"
+
+
 @pytest.mark.parametrize(
     "change, sentence",
     [
@@ -225,6 +242,7 @@ def test_embeddings_and_peers(call, content, teacher_run, image_folder, tmp_path
         ({"common": {"epochs": "many"}}, "--epochs"),
         ({"common": {"preset": "zo"}}, "did you mean 'zoo'"),
         ({"common": {"seed": 1}}, "list them under seeds"),
+        ({"common": {"unlabelled": True}}, "must not hold unlabelled: the student is trained alone too"),
         ({"common": {"dist_ratio": 1}}, "under alone and methods"),
         ({"common": {"teacher_load": None}}, "names no teacher"),
         ({"common": {"teacher_load": "nowhere.pth"}}, "nowhere.pth does not exist"),

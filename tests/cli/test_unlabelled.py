@@ -14,6 +14,7 @@ from tiny import TINY
 from metric_kd.cli.distill import main as distill
 from metric_kd.cli.embed import main as embed
 from metric_kd.cli.losses import fold
+from metric_kd.cli.main import main as console
 from metric_kd.cli.main import run as run_command
 from metric_kd.cli.making import make_batches
 from metric_kd.cli.parse import parse
@@ -119,9 +120,10 @@ def start_of(flags, tmp_path):
     return run
 
 
-@pytest.mark.parametrize("teacher", ["live", "array"])
+@pytest.mark.parametrize("teacher", ["live", "cached", "array"])
 def test_selection_on_other_held_out_images(teacher, pile, teacher_run, array, tmp_path, capsys):
     flags = [*BARE, "--data", str(pile), "--teacher_load", str(array if teacher == "array" else teacher_run)]
+    flags += ["--views", "2", "--teacher_cache", str(tmp_path / "c.h5")] if teacher == "cached" else []
     assert distill([*flags, "--select", "val", "--save_dir", str(tmp_path / "run")]) == 0
     assert "selected on held-out training images" in capsys.readouterr().out
     record = json.loads((tmp_path / "run" / "metrics.jsonl").read_text().splitlines()[-1])
@@ -214,8 +216,27 @@ def test_refusals_leave_nothing_behind(pile, teacher_run, array, tmp_path, capsy
     assert "1 images are too few" in refused(data=tmp_path / "few")
     assert "reads the teacher's maps, and --teacher_load" in refused("--loss", "at:1", teacher=array)
     assert "does not exist" in refused(teacher=tmp_path / "none.npy")
+    shutil.copy(array, tmp_path / "alone.npy")
+    assert "has no " in refused(teacher=tmp_path / "alone.npy", data=tmp_path / "before any image is looked for")
     assert "fitnet" in refused("--loss", "fitnet:1", teacher=array)
     assert "reads the teacher's logits" in refused("--loss", "st:1", teacher=array)
+
+
+def test_other_commands_and_a_run_without_labels(pile, image_folder, array, tmp_path, capsys):
+    run = tmp_path / "run"
+    distill([*BARE, "--data", str(pile), "--teacher_load", str(array), "--epochs", "1", "--save_dir", str(run)])
+
+    def said(*words, status):
+        capsys.readouterr()
+        assert console(list(map(str, words))) == status
+        text = capsys.readouterr()
+        return (text.err if status else text.out).strip().splitlines()[-1]
+
+    assert "was trained without labels, so its images have none" in said("eval", run, status=2)
+    assert "Recall@1: " in said("eval", run, "--dataset", "folder", "--data", image_folder, status=0)
+    assert "holds embeddings, which have no layers" in said("analyse", run, status=2)
+    assert "has no test images" in said("analyse", run, "--against", run, status=2)
+    assert f"as in --images {pile}" in said("quantify", "--distilled", run, status=2)
 
 
 # --- an array as the teacher of labelled images ---

@@ -12,6 +12,7 @@ from metric_kd.distill.relational import rkd_angle as angle_module
 from metric_kd.distill.relational import rkd_distance as distance_module
 from metric_kd.errors import UserError
 from metric_kd.functional import dark_rank, irg_edge, rkd_angle, rkd_distance
+from metric_kd.losses.objective import Objective, parse_loss
 from metric_kd.losses.term import TERMS
 from metric_kd.losses.triplet import l2_triplet_all
 from metric_kd.types import Batch, Output
@@ -168,6 +169,19 @@ def test_losses_that_share_distances_take_three_products_in_all():
         sum(loss(student, teacher) for loss in losses).backward()
     assert products.count == 3
     assert_close(student.grad, separately, 1e-12)
+
+
+def test_terms_of_an_objective_share_distances():
+    objective = Objective(
+        [parse_loss(name) for name in ("rkd", "rkd_distance", "rkd_angle", "dark_rank", "l2_triplet")]
+    )
+    student, teacher = (Output(embedding=rows(16, d, seed=d)) for d in (40, 50))
+    labels = torch.arange(16) // 4
+    student.embedding.requires_grad_()
+    with MatrixProducts() as products:
+        products.n = 16
+        objective(student, teacher, Batch(torch.zeros(16, 3, 8, 8), labels, labels))[0].backward()
+    assert products.count == 3
 
 
 @pytest.mark.parametrize("n, list_length", [(3, 4), (4, 4), (9, 4), (9, 2), (9, 20)])

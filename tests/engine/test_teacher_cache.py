@@ -9,6 +9,7 @@ import signal
 import subprocess
 import sys
 import weakref
+from dataclasses import replace
 
 import h5py
 import numpy as np
@@ -27,6 +28,7 @@ from metric_kd.cli.train import main as train
 from metric_kd.cli.validate import validate
 from metric_kd.data.folder import scan
 from metric_kd.data.loading import ImageLoader
+from metric_kd.data.packing import make_pack
 from metric_kd.data.transforms import Geometry
 from metric_kd.data.views import Views
 from metric_kd.engine import cache_file
@@ -206,6 +208,15 @@ def test_another_teacher_geometry_or_data_is_refused_by_name(records, asked, ref
     held = {"test": ImageLoader(records, Geometry(32))}
     with pytest.raises(UserError, match="made with held_out none"):
         cached(tmp_path / "c.h5", asked, loader_of(records), held)
+
+
+def test_another_form_and_other_pixels_are_refused_by_name(records, asked, refused, tmp_path):
+    network = build_network(replace(asked.network.spec, l2normalize=False))
+    network.load_state_dict(asked.network.state_dict())
+    assert "made with network " in refused(network=network), "the same weights, another embedding"
+    pack = make_pack(tmp_path / "p.h5", [records], 32, quality=60)
+    packed = ImageLoader(records, Geometry(32), views=Views(4), pack=pack)
+    assert "made with pixels files, this run has JPEG 60" in refused(packed)
 
 
 def test_a_changed_file_is_noticed(records, refused):
