@@ -44,25 +44,28 @@ def unit_rows(x: Tensor, shortest: float = 1e-6) -> Tensor:
 
 
 class _Squared(torch.autograd.Function):
-    """(N, D) rows to (N, N) squared distances; one product of that size forward and one backward."""
+    """(N, D) rows to their (N, N) squared distances, which :func:`_found` has computed; a product of that size backward.
+
+    symmetric: the gradient that comes back is a symmetric matrix with a diagonal of zeros; then it is taken as it is.
+    """
 
     @staticmethod
-    def forward(ctx: Any, x: Tensor) -> Tensor:
-        found = _in_single_precision(x) if _single_precision_serves(x) else None
-        squared, *near = found or (_in_double_precision(x),)
+    def forward(ctx: Any, x: Tensor, symmetric: bool, squared: Tensor, *near: Tensor) -> Tensor:
         ctx.save_for_backward(x, squared, *near)
-        return squared
+        ctx.symmetric = symmetric
+        return squared.view_as(squared)
 
     @staticmethod
-    def backward(ctx: Any, *grads: Tensor) -> Tensor:
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
         x, squared, *near = ctx.saved_tensors
+        pulls = _pulls_in_single_precision if near else _pulls_in_double_precision
         with full_precision(x):
-            if near:
-                return _pulls_in_single_precision(x, squared, grads[0], *near)
-            weight = grads[0].masked_fill(squared <= COINCIDENT, 0.0).double()  # the diagonal is among them
-            weight = weight + weight.T.contiguous()  # adding the transpose as a view takes several times as long
-            rows = _centred(x.double())
-            return (2 * (weight.sum(1, keepdim=True) * rows - weight @ rows)).to(x.dtype)
+            return pulls(x, squared, grads[0], ctx.symmetric, *near), None, None, *(None for _ in near)
+
+
+def _found(x: Tensor) -> tuple[Tensor, ...]:
+    """Squared distances and, where they were taken in single precision, the pairs that were corrected."""
+    return (_in_single_precision(x) if _single_precision_serves(x) else None) or (_in_double_precision(x),)
 
 
 def _in_double_precision(x: Tensor) -> Tensor:
@@ -106,15 +109,30 @@ def _in_single_precision(x: Tensor) -> tuple[Tensor, Tensor, Tensor] | None:
     return squared.fill_diagonal_(0.0), first, second
 
 
-def _pulls_in_single_precision(x: Tensor, squared: Tensor, grad: Tensor, first: Tensor, second: Tensor) -> Tensor:
-    """Backward of :func:`_in_single_precision`: what it corrected is again taken from direct differences."""
-    weight = grad.T.clone(memory_format=torch.contiguous_format).add_(grad).fill_diagonal_(0.0)
+def _pulls_in_double_precision(x: Tensor, squared: Tensor, grad: Tensor, symmetric: bool) -> Tensor:
+    """2 sum_j (g_ij + g_ji) (x_i - x_j), the diagonal and coincident rows left out."""
+    weight = grad.masked_fill(squared <= COINCIDENT, 0.0).double()
+    # Adding the transpose as a view takes several times as long.
+    weight = 2 * weight if symmetric else weight + weight.T.contiguous()
+    rows = _centred(x.double())
+    return (2 * (weight.sum(1, keepdim=True) * rows - weight @ rows)).to(x.dtype)
+
+
+def _pulls_in_single_precision(
+    x: Tensor, squared: Tensor, grad: Tensor, symmetric: bool, first: Tensor, second: Tensor
+) -> Tensor:
+    """The same after :func:`_in_single_precision`: what it corrected is again taken from direct differences."""
+    if symmetric:
+        factor, weight = 4, grad.clone() if len(first) else grad
+    else:
+        factor, weight = 2, grad.T.clone(memory_format=torch.contiguous_format).add_(grad).fill_diagonal_(0.0)
     near = weight[first, second].masked_fill(squared[first, second] <= COINCIDENT, 0.0)
-    weight[first, second] = 0.0
-    weight[second, first] = 0.0
+    if len(first):
+        weight[first, second] = 0.0
+        weight[second, first] = 0.0
     rows = _centred(x)
-    far = torch.addmm(rows * (2 * weight.sum(1, keepdim=True)), weight, rows, alpha=-2)
-    pulls = 2 * near[:, None] * (x[first] - x[second])
+    far = torch.addmm(rows * (factor * weight.sum(1, keepdim=True)), weight, rows, alpha=-factor)
+    pulls = factor * near[:, None] * (x[first] - x[second])
     return far.index_add_(0, first, pulls).index_add_(0, second, pulls, alpha=-1)
 
 
@@ -204,10 +222,21 @@ class Pairwise:
         return self.x.shape[0]
 
     @cached_property
+    def _found(self) -> tuple[Tensor, ...]:
+        with torch.no_grad(), full_precision(self.x):
+            return _found(self.x)
+
+    @cached_property
     def squared(self) -> Tensor:
         """(N, N) squared Euclidean distances."""
-        with torch.set_grad_enabled(self._grad), full_precision(self.x):
-            return _Squared.apply(self.x)  # type: ignore[no-any-return, no-untyped-call]
+        with torch.set_grad_enabled(self._grad):
+            return _Squared.apply(self.x, False, *self._found)  # type: ignore[no-any-return, no-untyped-call]
+
+    @cached_property
+    def squared_for_symmetric(self) -> Tensor:
+        """The same, for losses whose gradient is a symmetric matrix with a diagonal of zeros: a shorter way back."""
+        with torch.set_grad_enabled(self._grad):
+            return _Squared.apply(self.x, True, *self._found)  # type: ignore[no-any-return, no-untyped-call]
 
     @cached_property
     def distances(self) -> Tensor:

@@ -225,3 +225,29 @@ def test_unit_rows():
     units.sum().backward()
     assert x.grad.isfinite().all() and (x.grad[2] == 0).all()
     assert gradcheck(unit_rows, rows(4, 3).requires_grad_())
+
+
+@pytest.mark.parametrize(("n", "dtype"), [(40, torch.float32), (40, torch.float64), (600, torch.float32)])
+def test_the_shorter_way_back_gives_the_same_gradient(n, dtype):
+    """Of symmetric gradients with a diagonal of zeros, near and coincident rows included."""
+    draw = torch.Generator().manual_seed(0)
+    x = torch.randn(n, 8, dtype=dtype, generator=draw)
+    x[1], x[3] = x[0], x[2] + 1e-3
+    weight = torch.randn(n, n, dtype=dtype, generator=draw)
+    weight = (weight + weight.T).fill_diagonal_(0.0)
+    grads = []
+    for name in ("squared", "squared_for_symmetric"):
+        rows = x.clone().requires_grad_()
+        before = weight.clone()
+        squared = getattr(Pairwise(rows), name)
+        squared.backward(weight)
+        assert torch.equal(weight, before)  # it belongs to the caller
+        grads.append((squared.detach(), rows.grad))
+    assert torch.equal(grads[0][0], grads[1][0])
+    torch.testing.assert_close(grads[1][1], grads[0][1], rtol=1e-5, atol=1e-4 if dtype == torch.float32 else 1e-9)
+
+
+def test_both_ways_share_one_product():
+    rows = torch.randn(8, 3).requires_grad_()
+    pairs = Pairwise(rows)
+    assert pairs.squared.data_ptr() == pairs.squared_for_symmetric.data_ptr()

@@ -35,7 +35,7 @@ def rkd_angle(student: Tensor | Pairwise, teacher: Tensor | Pairwise) -> Tensor:
         return student.x.sum() * 0.0
     with full_precision(student.x):
         target = teacher.squared.detach().to(student.x)
-        return _AngleGap.apply(student.squared, target)  # type: ignore[no-any-return, no-untyped-call]
+        return _AngleGap.apply(student.squared_for_symmetric, target)  # type: ignore[no-any-return, no-untyped-call]
 
 
 @TERMS.register("rkd_angle")
