@@ -31,7 +31,6 @@ TARGETS = {
     ("torch", 256, 512): Target(time=18, tuned=15, memory=50),
     ("torch", 128, 128): Target(time=7, memory=12),
     ("numba", 256, 512): Target(time=100),
-    ("numba", 128, 128): Target(time=40),
 }
 FORMULA = "N x N x D formula"
 NAMES = {"torch": "torch alone", "numba": "numba kernel", "triton": "Triton kernel"}

@@ -53,20 +53,23 @@ def words(target: Target, unit: str) -> str:
 
 
 def reached(rows: Mapping[str, Row]) -> str:
-    """yes, no, or nothing where there is no target; ``rows``: allocator -> the same comparison under it.
+    """yes, no, under which allocator alone, or nothing where there is no target; ``rows``: allocator -> the comparison.
 
     The target for the default allocator holds for the tuned one too, unless that has one of its own.
     """
-    judged: list[bool] = []
+    judged: dict[str, bool] = {}
     for allocator, row in rows.items():
         target = row.target
         time = target.tuned if allocator == "tuned" and target.tuned is not None else target.time
-        for least, value in ((time, row.ratio), (target.memory, row.memory_ratio)):
-            if least is not None:
-                judged.append(value is not None and value >= least)
-        if target.most is not None:
-            judged.append(row.ours <= target.most)
-    return ("yes" if all(judged) else "no") if judged else ""
+        wanted = [(time, row.ratio), (target.memory, row.memory_ratio)]
+        checks = [value is not None and value >= least for least, value in wanted if least is not None]
+        checks += [] if target.most is None else [row.ours <= target.most]
+        if checks:
+            judged[allocator] = all(checks)
+    good = [allocator for allocator, held in judged.items() if held]
+    if not judged or not good:
+        return "no" if judged else ""
+    return "yes" if len(good) == len(judged) else f"{' and '.join(good)} allocator only"
 
 
 def line(rows: Mapping[str, Row]) -> str:

@@ -80,13 +80,14 @@ def test_one_line_for_both_allocators(bench):
     [
         ({}, {"ratio": 1.0}, None, ""),
         ({"time": 18, "tuned": 15}, {"ratio": 18.0}, {"ratio": 15.0}, "yes"),
-        ({"time": 18, "tuned": 15}, {"ratio": 17.9}, {"ratio": 15.0}, "no"),
-        ({"time": 18, "tuned": 15}, {"ratio": 18.0}, {"ratio": 14.9}, "no"),
-        ({"time": 18}, {"ratio": 18.0}, {"ratio": 17.0}, "no"),  # one target for both
+        ({"time": 18, "tuned": 15}, {"ratio": 17.9}, {"ratio": 15.0}, "tuned allocator only"),
+        ({"time": 18, "tuned": 15}, {"ratio": 18.0}, {"ratio": 14.9}, "default allocator only"),
+        ({"time": 18}, {"ratio": 18.0}, {"ratio": 17.0}, "default allocator only"),  # one target for both
         ({"time": 2, "memory": 10}, {"ratio": 3.0, "memory_ratio": 9.0}, None, "no"),
         ({"time": 2, "memory": 10}, {"ratio": 3.0}, None, "no"),  # not measured is not reached
         ({"time": 2}, {"ratio": None}, None, "no"),
-        ({"most": 128}, {"ratio": None, "ours": 128.0}, {"ratio": None, "ours": 129.0}, "no"),
+        ({"time": 2}, {"ratio": 1.0}, {"ratio": 1.0}, "no"),
+        ({"most": 128}, {"ratio": None, "ours": 128.0}, {"ratio": None, "ours": 129.0}, "default allocator only"),
         ({"most": 128}, {"ratio": None, "ours": 128.0}, None, "yes"),
     ],
 )
