@@ -41,7 +41,10 @@ class StalePack(UserError):
 
 def decode_resized(path: str, side: int) -> np.ndarray:
     """(side, side, 3) uint8 of an image file; raises ``UserError`` that names a file that cannot be read."""
-    return resize(decode.decode(path)[None], side)[0].permute(1, 2, 0).numpy()
+    # A batch of one is made in front, not by [None]: with the strides of that, torch takes the image for planar, and to
+    # copy what it gives then takes as long as to resize.
+    rows = decode.decode(path).permute(1, 2, 0)[None]
+    return resize(rows.permute(0, 3, 1, 2), side)[0].permute(1, 2, 0).numpy()
 
 
 @lru_cache(1)

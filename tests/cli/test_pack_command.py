@@ -108,7 +108,9 @@ def test_stale_and_missing_packs_are_refused(data, flags, tmp_path, capsys):
     os.replace(tmp_path / "other" / "class00" / "00.png", data / "class01" / "02.png")
     said = refusal(["train", *flags("run", "--pack", file)], capsys)
     assert "02.png has changed since" in said and "metric-kd pack" in said
-    assert "no.h5 does not exist; make a file" in refusal(["train", *flags("run", "--pack", tmp_path / "no.h5")], capsys)
+    assert "no.h5 does not exist; make a file" in refusal(
+        ["train", *flags("run", "--pack", tmp_path / "no.h5")], capsys
+    )
     assert not (tmp_path / "run").exists()
 
 

@@ -212,3 +212,21 @@ def test_nothing_readable_is_an_error(tmp_path):
         ImageLoader(records, Geometry(96), skip_unreadable=True)
     with pytest.raises(UserError, match="holds no images"):
         ImageLoader(records.select(np.zeros(1, dtype=bool)), Geometry(96))
+
+
+def test_resized_images_are_ready_to_be_copied(tmp_path):
+    """Pixel by pixel, as batches hold them, and the same as of a planar image."""
+    import torch
+    from PIL import Image
+
+    from metric_kd.data.decode import decode
+    from metric_kd.data.pack import decode_resized
+    from metric_kd.data.transforms import resize
+
+    pixels = np.random.default_rng(0).integers(0, 256, (50, 70, 3), dtype=np.uint8)
+    for name in ("a.jpg", "a.png"):
+        Image.fromarray(pixels).save(tmp_path / name)
+        found = decode_resized(str(tmp_path / name), 32)
+        planar = resize(decode(str(tmp_path / name)).contiguous()[None], 32)[0]
+        assert found.flags.c_contiguous
+        assert torch.equal(torch.from_numpy(found).permute(2, 0, 1), planar)
