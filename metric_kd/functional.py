@@ -11,6 +11,7 @@ from metric_kd.distill.feature.kdsvd import kdsvd
 from metric_kd.distill.feature.lwm import lwm
 from metric_kd.distill.feature.nst import nst
 from metric_kd.distill.feature.ofd import bn_margin, ofd, ofd_margin
+from metric_kd.distill.feature.regression import regression
 from metric_kd.distill.feature.vid import vid
 from metric_kd.distill.granularity import granularity, stable_logits
 from metric_kd.distill.logit.bss import bss
@@ -20,6 +21,7 @@ from metric_kd.distill.logit.sobolev import sobolev
 from metric_kd.distill.logit.st import st
 from metric_kd.distill.relational.cc import cc
 from metric_kd.distill.relational.crd import crd
+from metric_kd.distill.relational.csd import csd
 from metric_kd.distill.relational.dark_rank import dark_rank
 from metric_kd.distill.relational.irg import irg_edge, irg_transformation, irg_vertex
 from metric_kd.distill.relational.pkt import pkt
@@ -40,6 +42,7 @@ __all__ = [
     "contrastive",
     "crd",
     "cross_entropy",
+    "csd",
     "dark_rank",
     "dml",
     "fitnet",
@@ -59,6 +62,7 @@ __all__ = [
     "ofd",
     "ofd_margin",
     "pkt",
+    "regression",
     "rkd_angle",
     "rkd_distance",
     "sobolev",

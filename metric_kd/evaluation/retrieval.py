@@ -72,6 +72,7 @@ def evaluate_retrieval(
     cameras: np.ndarray | Tensor | None = None,
     metrics: Sequence[str] = (),
     seed: int = 0,
+    offered_by: Embeddings | None = None,
 ) -> tuple[dict[str, float], Neighbours]:
     """({"recall@K": fraction}, the max(ks) nearest neighbours of every query); with cameras rank1, rank5, rank10 and mAP too.
 
@@ -79,6 +80,9 @@ def evaluate_retrieval(
     embeddings does not matter), or None where every image is one. An image that is both never retrieves itself; a query
     whose class has no other image in the gallery is a miss. The neighbours' indices count the gallery's images, in the
     order of the embeddings.
+
+    offered_by: another network's embeddings of the same images, in the same order and of the same length, from which the
+    gallery is taken instead.
 
     metrics: more of them, from the same search: "map@r", "r_precision", "precision@K"
     (:mod:`metric_kd.evaluation.metrics`; queries that have no relevant image are left out, with a warning), and "nmi", of
@@ -94,7 +98,8 @@ def evaluate_retrieval(
     asked, offered = _chosen(query, "query", embeddings.indices), _chosen(gallery, "gallery", embeddings.indices)
     both = bool((asked & offered).any())
     check_ks(ks, int(offered.sum()) - int(both))
-    neighbours, more = _search(embeddings, asked, offered, max(ks), [name for name in metrics if name != NMI])
+    names = [name for name in metrics if name != NMI]
+    neighbours, more = _search(embeddings, asked, offered, max(ks), names, offered_by)
     values = {f"recall@{k}": value for k, value in recall_at_k(neighbours, ks).items()}
     if NMI in metrics:
         more[NMI] = clustering_nmi(embeddings.vectors[asked], embeddings.labels[asked], seed=seed)
@@ -105,11 +110,18 @@ def evaluate_retrieval(
 
 
 def _search(
-    embeddings: Embeddings, asked: Tensor, offered: Tensor, keep: int, names: Sequence[str]
+    embeddings: Embeddings,
+    asked: Tensor,
+    offered: Tensor,
+    keep: int,
+    names: Sequence[str],
+    offered_by: Embeddings | None = None,
 ) -> tuple[Neighbours, dict[str, float]]:
     """The ``keep`` nearest neighbours of every query, and the means over queries that ``names`` name."""
-    whole = bool(asked.all()) and bool(offered.all())
-    queries, gallery = (embeddings, embeddings) if whole else (_part(embeddings, asked), _part(embeddings, offered))
+    if offered_by is not None and not torch.equal(offered_by.indices, embeddings.indices):
+        raise UserError("queries and gallery are embeddings of other images; embed the same ones, in the same order.")
+    whole, other = bool(asked.all()) and bool(offered.all()), embeddings if offered_by is None else offered_by
+    queries, gallery = (embeddings, other) if whole else (_part(embeddings, asked), _part(other, offered))
     metrics = {name: neighbour_metric(name) for name in names}
     relevant = relevant_counts(queries.labels, gallery.labels, queries.indices, gallery.indices)
     wanted = max([keep, *(metric.wanted(relevant) for metric in metrics.values())])
