@@ -1,6 +1,7 @@
 """metric_kd: train embedding networks, distil them into small ones, and measure what retrieval kept.
 
-``metric_kd.functional`` holds every loss as a pure function; ``metric_kd.load(run).embed(images)`` gives vectors.
+``metric_kd.functional`` holds every loss as a pure function; ``metric_kd.load(run).embed(images)`` gives vectors;
+``metric_kd.Searcher(file).search(images)`` finds the nearest images of an index.
 """
 
 from typing import TYPE_CHECKING, Any
@@ -9,9 +10,10 @@ from metric_kd.errors import UserError
 
 if TYPE_CHECKING:
     from metric_kd.deploy.embedder import load
+    from metric_kd.deploy.searcher import Searcher
 
 __version__ = "0.1.0"
-__all__ = ["UserError", "__version__", "load"]
+__all__ = ["Searcher", "UserError", "__version__", "load"]
 
 
 def __getattr__(name: str) -> Any:
@@ -19,4 +21,8 @@ def __getattr__(name: str) -> Any:
         from metric_kd.deploy.embedder import load
 
         return load
+    if name == "Searcher":
+        from metric_kd.deploy.searcher import Searcher
+
+        return Searcher
     raise AttributeError(f"module 'metric_kd' has no attribute {name!r}")

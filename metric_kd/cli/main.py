@@ -20,6 +20,9 @@ COMMANDS = {
     "quantify": "what distillation taught, by the concepts in a layer",
     "pack": "all images of a data set in one file, for --pack",
     "embed": "write the embeddings of a folder of images",
+    "export": "one file from pixels to embeddings (ONNX, torch.export), checked, with a model card",
+    "index": "a folder of images as one file that can be searched, kept up to date by the same command",
+    "search": "the images of an index that are nearest to others",
     "list": "names of datasets, backbones, samplers, losses or methods",
 }
 _MODULES = {"eval": "evaluate", "list": "listing"}

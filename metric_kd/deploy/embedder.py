@@ -64,7 +64,7 @@ class Embedder:
         return views
 
     def _view(self, image: Any) -> Tensor:
-        pixels = _pixels(image)
+        pixels = pixels_of(image)
         height, width = pixels.shape[1:]
         if not self.geometry.keeps(height, width):
             pixels = resize(pixels[None], self.geometry.side)[0]
@@ -73,8 +73,8 @@ class Embedder:
         return pixels[:, corner : corner + size, corner : corner + size]
 
 
-def _pixels(image: Any) -> Tensor:
-    """(3, H, W) uint8."""
+def pixels_of(image: Any) -> Tensor:
+    """(3, H, W) uint8 of a file name, a PIL image, an (H, W, 3) uint8 array or a (3, H, W) uint8 tensor."""
     if isinstance(image, str | Path):
         return decode(str(image))
     if isinstance(image, Tensor):

@@ -1,0 +1,153 @@
+"""`metric-kd eval RUN --against TEACHER`: can the student query the teacher's gallery?
+
+Prints the matrix of whose queries find what in whose gallery and one sentence, and writes compatibility.json into the run's
+directory.
+"""
+
+import json
+from collections.abc import Sequence
+from typing import Any
+
+from metric_kd.cli.goals import network_spec
+from metric_kd.cli.parse import Parsed
+from metric_kd.cli.session import Session, build, checked
+from metric_kd.cli.stored import run_of
+from metric_kd.data.loading import ImageLoader
+from metric_kd.data.records import ImageRecords
+from metric_kd.data.transforms import Geometry
+from metric_kd.deploy.bridge import KINDS, Bridge, bridge_from, fit_bridge
+from metric_kd.engine.checkpoint import find_checkpoint, read_checkpoint, restore_network, write_text
+from metric_kd.errors import UserError, one_of
+from metric_kd.evaluation.compatibility import PAIRS, Matrix, compatibility, verdict
+from metric_kd.evaluation.embed import Embeddings, embed
+from metric_kd.evaluation.metrics import titles
+from metric_kd.models.backbone import Pixels
+from metric_kd.models.network import Network
+
+BRIDGES = ("auto", "none", *KINDS)
+
+
+def matrix_of(parsed: Parsed, against: str, bridge: str) -> Matrix:
+    """Print, store and return the matrix of the run in --load and the network ``against``.
+
+    bridge: auto takes the one that is stored with the student, or where there is none and the widths differ fits a ridge;
+    none takes none; ridge and procrustes are fitted on the training images.
+    """
+    if bridge not in BRIDGES:
+        raise one_of("bridge", bridge, list(BRIDGES))
+    load = parsed.config.load
+    if load is None:
+        raise UserError("--against compares a student with its teacher; name the student, as in metric-kd eval RUN.")
+    find_checkpoint(against, "teacher")
+    if parsed.config.task == "classification":
+        raise UserError("--against compares embeddings, and these are classifiers; leave --task classification out.")
+    session = build(checked(parsed))
+    try:
+        teacher = restore_network(against, network_spec(session.config, "", Pixels(), {}), {}, "teacher")
+        teacher = teacher.to(session.device).eval().requires_grad_(False)
+        assert isinstance(session.student, Network)
+        ours = _embedded(session, session.student, session.test.records)
+        theirs = _embedded(session, teacher, session.test.records)
+        used, how = _bridge(session, load, teacher, bridge)
+        records, config = session.test.records, session.config
+        metrics = config.metrics or ["map@r"]
+        found = compatibility(
+            ours,
+            theirs,
+            config.recall,
+            bridge=used,
+            unit=teacher.spec.l2normalize,
+            query=records.query,
+            gallery=records.gallery,
+            metrics=metrics,
+        )
+    finally:
+        session.close()
+    names = {**{f"recall@{k}": f"Recall@{k}" for k in config.recall}, **titles(metrics)}
+    first, title = next(iter(names.items()))
+    sentence = verdict(found, first, title)
+    report = {"student": str(load), "teacher": str(against), "images": len(records), "bridge": how}
+    path = run_of(load).path / "compatibility.json"
+    write_text(path, json.dumps({**report, "matrix": found, "verdict": sentence}, indent=2) + "\n")
+    print(f"{load} against {against} on {config.dataset} ({len(records)} images), bridge: {how}")
+    print(table(found, names))
+    print(sentence)
+    print(f"wrote {path}")
+    return found
+
+
+def table(matrix: Matrix, names: dict[str, str]) -> str:
+    """The matrix in percent, a row for each pair."""
+    head = ["query - gallery", *names.values()]
+    rows = [[pair, *(f"{100 * matrix[pair][key]:.2f}" for key in names)] for pair in PAIRS]
+    widths = [max(len(row[column]) for row in [head, *rows]) for column in range(len(head))]
+    return "\n".join(
+        "  ".join(
+            cell.ljust(width) if k == 0 else cell.rjust(width)
+            for k, (cell, width) in enumerate(zip(row, widths, strict=True))
+        )
+        for row in [head, *rows]
+    )
+
+
+def fitted(session: Session, student: Network, teacher: Network, kind: str) -> Bridge:
+    """A bridge from the training images, each as a test shows it."""
+    records = session.training_records
+    ours, theirs = (_embedded(session, network, records) for network in (student, teacher))
+    return fit_bridge(ours.vectors, theirs.vectors, kind)
+
+
+def _bridge(session: Session, load: str, teacher: Network, kind: str) -> tuple[Bridge | None, str]:
+    assert isinstance(session.student, Network)
+    stored = read_checkpoint(load).get("bridge")
+    if kind == "none":
+        return None, "none"
+    if kind == "auto":
+        if stored is not None:
+            bridge = bridge_from(stored)
+            return bridge, f"{bridge.kind}, stored with the student"
+        if _width(session.student) == _width(teacher):
+            return None, "none"
+        kind = "ridge"
+    bridge = fitted(session, session.student, teacher, kind)
+    return bridge, f"{kind}, fitted on {len(session.training_records)} training images"
+
+
+def _width(network: Network) -> int:
+    return network.spec.embedding_size or network.pooled_size
+
+
+def _embedded(session: Session, network: Network, records: ImageRecords) -> Embeddings:
+    """The embeddings of these images at the size that the network was trained with."""
+    config = session.config
+    loader = session.test
+    if records is not session.test.records or network.spec.input_size != config.input_size:
+        assert network.spec.input_size is not None
+        geometry = Geometry(input_size=network.spec.input_size, flip=False)
+        skip: dict[str, Any] = {"skip_unreadable": config.skip_unreadable, "workers": config.workers}
+        loader = ImageLoader(records, geometry, seed=config.seed, **skip)
+    try:
+        batches, total = loader.test(config.batch), -(-len(loader.records) // config.batch)
+        options: dict[str, Any] = {"device": session.device, "precision": config.precision}
+        return embed(network, batches, progress="embedding", total=total, **options)
+    finally:
+        if loader is not session.test:
+            loader.close()
+
+
+def split_off(arguments: Sequence[str], names: Sequence[str]) -> tuple[dict[str, str], list[str]]:
+    """({name: value} of the given flags, all other words); ``UserError`` for one without a value."""
+    found: dict[str, str] = {}
+    rest: list[str] = []
+    words = iter(arguments)
+    for word in words:
+        name, equals, value = word.partition("=")
+        if name not in (f"--{n}" for n in names):
+            rest.append(word)
+            continue
+        if not equals:
+            value = next(words, "--")
+        if not value or value.startswith("--"):
+            raise UserError(f"{name} needs a value; see metric-kd eval --help.")
+        found[name.removeprefix("--")] = value
+    return found, rest
