@@ -92,7 +92,8 @@ def table(matrix: Matrix, names: dict[str, str]) -> str:
 
 def fitted(session: Session, student: Network, teacher: Network, kind: str) -> Bridge:
     """A bridge from the training images, each as a test shows it."""
-    records = session.training_records
+    records = session.training
+    assert records is not None
     ours, theirs = (_embedded(session, network, records) for network in (student, teacher))
     return fit_bridge(ours.vectors, theirs.vectors, kind)
 
@@ -110,7 +111,7 @@ def _bridge(session: Session, load: str, teacher: Network, kind: str) -> tuple[B
             return None, "none"
         kind = "ridge"
     bridge = fitted(session, session.student, teacher, kind)
-    return bridge, f"{kind}, fitted on {len(session.training_records)} training images"
+    return bridge, f"{kind}, fitted on {len(session.training or ())} training images"
 
 
 def _width(network: Network) -> int:

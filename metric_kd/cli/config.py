@@ -173,6 +173,12 @@ class DistillConfig(RunConfig):
         None, "mag: add the term granularity; mas: and make the average of teacher and decoders the target of logits"
     )
     granularity_load: str | None = flag(None, "the teacher's coders: a run of `metric-kd granularity`, or its best.pth")
+    eval: Literal["symmetric", "asymmetric"] = flag(
+        "symmetric", "asymmetric: also Recall@K of the student's queries in the teacher's gallery, and select by it"
+    )
+    bridge: Literal["none", "ridge", "procrustes"] = flag(
+        "none", "after training, fit a map from the student's space into the teacher's and keep it in best.pth"
+    )
     imitate: str | None = flag(
         None,
         "a layer's name (conv, fc1, pooled, embedding, base.layer3.0.conv1, ...): learn that feature of the teacher alone",

@@ -25,7 +25,7 @@ def main(arguments: Sequence[str], program: str | None = None) -> int:
         raise UserError(f"--out {out}: the folder {out.parent} does not exist; create it first.")
     if options.batch < 1:
         raise UserError(f"--batch is {options.batch}; give 1 or more.")
-    embedder = load(options.run, str(choose_device(options.device)), options.precision)
+    embedder = load(options.run, str(choose_device(options.device)), options.precision, options.bridge)
     paths = images_in(options.images)
     skipped: list[str] | None = [] if options.skip_unreadable else None
     if skipped is None:
@@ -57,5 +57,6 @@ def _parser(program: str | None) -> Any:
     parser.add_argument("--batch", type=int, default=64, help="images per forward pass")
     parser.add_argument("--device", type=Literal["auto", "cpu", "cuda"], default="auto", help="where to compute")
     parser.add_argument("--precision", type=Literal["fp32", "bf16", "fp16"], default="fp32", help="precision")
+    parser.add_argument("--bridge", action="store_true", help="in the teacher's space, by the student's stored bridge")
     parser.add_argument("--skip_unreadable", action="store_true", help="count and skip images that cannot be read")
     return parser

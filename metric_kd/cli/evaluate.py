@@ -1,15 +1,27 @@
-"""`run.py --mode eval` and `metric-kd eval RUN`: what a checkpoint achieves on the test images; writes nothing."""
+"""`run.py --mode eval` and `metric-kd eval RUN`: what a checkpoint achieves on the test images; writes nothing.
+
+With --against TEACHER and --bridge: whether it can query the teacher's gallery (:mod:`metric_kd.cli.against`).
+"""
 
 from collections.abc import Sequence
 
 from metric_kd import distributed
+from metric_kd.cli.against import matrix_of, split_off
 from metric_kd.cli.parse import Parsed, parse, run_as_flag
 from metric_kd.cli.session import build, checked
 from metric_kd.cli.stored import run_of
+from metric_kd.errors import UserError
 
 
 def main(arguments: Sequence[str], program: str | None = None) -> int:
-    evaluate(parse("train", ["--mode", "eval", *run_as_flag(arguments)], program or "metric-kd eval"))
+    own, words = split_off(arguments, ("against", "bridge"))
+    parsed = parse("train", ["--mode", "eval", *run_as_flag(words)], program or "metric-kd eval")
+    if "against" in own:
+        matrix_of(parsed, own["against"], own.get("bridge", "auto"))
+    elif "bridge" in own:
+        raise UserError("--bridge leads from a student to its teacher; name the teacher too, as in --against TEACHER.")
+    else:
+        evaluate(parsed)
     return 0
 
 

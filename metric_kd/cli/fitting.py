@@ -8,6 +8,7 @@ from typing import Any, NamedTuple
 from tqdm import tqdm
 
 from metric_kd import distributed
+from metric_kd.cli.bridging import keep_bridge
 from metric_kd.cli.config import GranularityConfig, default_save_dir, to_dict
 from metric_kd.cli.making import make_batches, make_settings, make_task
 from metric_kd.cli.networks import share_start
@@ -140,7 +141,9 @@ def _finish(session: Session, run: RunDirectory, trainer: Trainer) -> dict[str, 
     if not distributed.is_main():
         return {}
     trainer.finish({name: result.final for name, result in results.items()})
+    bridged = keep_bridge(session, run)
     lines = [line for name, result in results.items() for line in _lines(session, name, result)]
+    lines += [] if bridged is None else [bridged]
     write_text(run.result, "\n".join(lines) + "\n")
     write_text(run.card, json.dumps(_card(session, trainer, results), indent=2) + "\n")
     say("\n".join([*lines, f"wrote {', '.join(str(run.best_of(name)) for name in results)}"]))

@@ -22,7 +22,7 @@ from metric_kd.distill.granularity import BRANCHES, Coders
 from metric_kd.engine.coding import Decoded
 from metric_kd.errors import UserError
 from metric_kd.evaluation.classification import check_top, evaluate_classification
-from metric_kd.evaluation.embed import embed
+from metric_kd.evaluation.embed import Embeddings, embed
 from metric_kd.evaluation.metrics import titles
 from metric_kd.evaluation.reidentification import TITLES
 from metric_kd.evaluation.retrieval import check_ks, check_metrics, evaluate_retrieval, gallery_size
@@ -100,8 +100,6 @@ class Retrieval:
         check_metrics(config.metrics, records.labels, records.query, records.gallery)
 
     def evaluate(self, config: RunConfig, device: torch.device, loader: ImageLoader, prefix: str = "") -> Evaluate:
-        records = loader.records
-
         def measure(network: nn.Module) -> dict[str, float]:
             batches, total = _part(loader, config.batch)
             vectors = embed(
@@ -115,18 +113,22 @@ class Retrieval:
             )
             if not distributed.is_main():
                 return {}
-            metrics, _ = evaluate_retrieval(
-                vectors,
-                config.recall,
-                query=records.query,
-                gallery=records.gallery,
-                cameras=records.cameras,
-                metrics=config.metrics,
-                seed=config.seed,
-            )
-            return {f"{prefix}{key}": value for key, value in metrics.items()}
+            return {f"{prefix}{key}": value for key, value in self.metrics(config, loader, vectors).items()}
 
         return measure
+
+    def metrics(self, config: RunConfig, loader: ImageLoader, vectors: Embeddings) -> dict[str, float]:
+        """What the embeddings of a loader's images are worth."""
+        records = loader.records
+        return evaluate_retrieval(
+            vectors,
+            config.recall,
+            query=records.query,
+            gallery=records.gallery,
+            cameras=records.cameras,
+            metrics=config.metrics,
+            seed=config.seed,
+        )[0]
 
 
 class Classification:

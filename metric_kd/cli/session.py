@@ -7,6 +7,7 @@ import torch
 from torch import nn
 
 from metric_kd import distributed
+from metric_kd.cli.asymmetric import Asymmetric, check_asymmetric, is_asymmetric
 from metric_kd.cli.config import (
     DistillConfig,
     GranularityConfig,
@@ -29,7 +30,7 @@ from metric_kd.cli.unlabelled import Unlabelled, is_unlabelled, targets_of
 from metric_kd.cli.validate import validate
 from metric_kd.data.loading import ImageLoader
 from metric_kd.data.pack import Packs
-from metric_kd.data.records import Splits
+from metric_kd.data.records import ImageRecords, Splits
 from metric_kd.data.transforms import Geometry
 from metric_kd.devices import choose_device, has_bf16, resolve_precision
 from metric_kd.distill.granularity import CodedTeacher, Coders
@@ -60,12 +61,16 @@ class Session:
     peers: dict[str, Network] = field(default_factory=dict)
     """What is trained along, by name (--mutual)."""
     targets: dict[ImageLoader, torch.Tensor] = field(default_factory=dict)
-    """The teacher's embeddings of held-out images (--unlabelled)."""
+    """The teacher's embeddings of held-out images (--unlabelled, --eval asymmetric)."""
+    training: ImageRecords | None = None
+    """All training images, of an evaluation too."""
 
     @property
     def goal(self) -> Goal:
         if is_unlabelled(self.config):
             return Unlabelled(self.targets)
+        if is_asymmetric(self.config):
+            return Asymmetric(self.config.classifier, self.targets)
         goal = goal_of(self.config)
         if isinstance(self.student, Coders):
             assert isinstance(self.teacher, Network)
@@ -169,10 +174,12 @@ def build(parsed: Parsed) -> Session:
     if teacher is not None:
         teacher.to(device).eval().requires_grad_(False)
     held = {name: loader for name, loader in (("test", test), ("validation", validation)) if loader is not None}
-    held = held if is_unlabelled(config) else {}
+    held = held if is_unlabelled(config) or is_asymmetric(config) else {}
     taught = with_stored(config, teacher, train, held, device, notes)
     targets = targets_of(config, taught, held, device)
-    return Session(config, device, train, test, validation, student.to(device), taught, notes, peers, targets)
+    check_asymmetric(config, measured, targets.values(), notes)
+    student = student.to(device)
+    return Session(config, device, train, test, validation, student, taught, notes, peers, targets, splits.train)
 
 
 def _check_losses(
@@ -219,7 +226,9 @@ def _loaders(
     other = config.teacher_input_size if isinstance(config, DistillConfig) and not config.mutual else None
     other = None if other == size or array_of(config) else other
     # Whether both see the test images as well.
-    compared = isinstance(config, DistillConfig) and (config.imitate is not None or config.unlabelled)
+    compared = isinstance(config, DistillConfig) and (
+        config.imitate is not None or config.unlabelled or config.eval == "asymmetric"
+    )
     test_only = Geometry(input_size=size, teacher_input_size=other if compared else None, resize=side, flip=False)
     test = ImageLoader(splits.test, test_only, **common)
     if evaluating:

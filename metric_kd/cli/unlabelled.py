@@ -91,7 +91,7 @@ def targets_of(
     device: torch.device,
 ) -> dict[ImageLoader, Tensor]:
     """What the teacher says of the held-out images; all processes call this, the main one gets it."""
-    if not is_unlabelled(config):
+    if not held_out:
         return {}
     if isinstance(teacher, StoredTeacher):
         return {loader: teacher.held_out[name] for name, loader in held_out.items()}

@@ -5,7 +5,7 @@ from functools import partial
 from pathlib import Path
 
 from metric_kd import kernels
-from metric_kd.cli import steps, teacher_cache, unlabelled
+from metric_kd.cli import asymmetric, steps, teacher_cache, unlabelled
 from metric_kd.cli.config import (
     DistillConfig,
     GranularityConfig,
@@ -44,6 +44,7 @@ def validate(config: RunConfig) -> list[str]:
             steps.refusals,
             teacher_cache.refusals,
             unlabelled.refusals,
+            asymmetric.refusals,
         )
         for sentence in check(config)
     ]

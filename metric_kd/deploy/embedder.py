@@ -10,6 +10,7 @@ from tqdm import tqdm
 
 from metric_kd.data.decode import EXTENSIONS, decode
 from metric_kd.data.transforms import Geometry, resize
+from metric_kd.deploy.bridge import Bridge, bridge_from
 from metric_kd.devices import autocast
 from metric_kd.engine.checkpoint import find_checkpoint, read_checkpoint
 from metric_kd.errors import UserError
@@ -17,12 +18,22 @@ from metric_kd.models.network import Network, NetworkSpec, build_network, load_w
 
 
 class Embedder:
-    """A network in eval mode with the test view of its training: resize, centre crop, its own normalisation."""
+    """A network in eval mode with the test view of its training: resize, centre crop, its own normalisation.
 
-    def __init__(self, network: Network, device: "torch.device | str" = "cpu", precision: str = "fp32"):
+    bridge: a map that the embeddings go through, or None.
+    """
+
+    def __init__(
+        self,
+        network: Network,
+        device: "torch.device | str" = "cpu",
+        precision: str = "fp32",
+        bridge: Bridge | None = None,
+    ):
         self.device = torch.device(device)
         self.network = network.to(self.device).eval().requires_grad_(False)
         self.precision = precision
+        self.bridge = bridge
         assert network.spec.input_size is not None
         self.geometry = Geometry(input_size=network.spec.input_size, flip=False)
 
@@ -47,7 +58,8 @@ class Embedder:
             with torch.inference_mode(), autocast(self.device, self.precision):
                 output = self.network(torch.stack(views).to(self.device), want=("embedding",))
             assert output.embedding is not None
-            vectors.append(output.embedding.float().cpu().numpy())
+            embedding = output.embedding.float().cpu()
+            vectors.append((embedding if self.bridge is None else self.bridge(embedding)).numpy())
         if not vectors:
             return np.empty((0, 0), dtype=np.float32)
         return np.concatenate(vectors)
@@ -89,10 +101,14 @@ def pixels_of(image: Any) -> Tensor:
     return pixels
 
 
-def load(run_or_checkpoint: "str | Path", device: str = "cpu", precision: str = "fp32") -> Embedder:
+def load(
+    run_or_checkpoint: "str | Path", device: str = "cpu", precision: str = "fp32", bridge: bool = False
+) -> Embedder:
     """The network of a run directory or checkpoint, ready to embed: ``metric_kd.load("runs/x").embed(["a.jpg"])``.
 
-    Raises ``UserError`` where the file is missing, damaged, or a plain state dict, which does not describe its network.
+    bridge: give vectors in the space of the student's teacher, through the map that ``run_distill.py --bridge`` has stored
+    with it; compare directions there if the teacher's embeddings have length 1. Raises ``UserError`` where the file is
+    missing, damaged, or a plain state dict, which does not describe its network, and where it holds no bridge.
     """
     content = read_checkpoint(run_or_checkpoint)
     if "network" not in content:
@@ -102,7 +118,9 @@ def load(run_or_checkpoint: "str | Path", device: str = "cpu", precision: str = 
         )
     network = build_network(NetworkSpec.from_dict(content["network"]))
     load_weights(network, content["model"], strict=True)
-    return Embedder(network, device, precision)
+    if bridge and "bridge" not in content:
+        raise UserError(f"{run_or_checkpoint} holds no bridge; train it with run_distill.py --bridge ridge.")
+    return Embedder(network, device, precision, bridge_from(content["bridge"]) if bridge else None)
 
 
 def images_in(folder: "str | Path") -> list[str]:

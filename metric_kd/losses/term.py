@@ -59,7 +59,7 @@ class Term(nn.Module):
     """Whether the value depends on how the samples of a batch lie to each other, or on what was remembered of all samples.
     Where several processes share a batch, such a term is handed all of it (outputs, labels, indices, views; no images) and
     the same random numbers on each process, so that none knows of the others; the others terms see their process's share."""
-    anchors: ClassVar[bool] = False
+    anchors: bool = False
     """Whether the term ties the student's embedding to the teacher's coordinates, so that one can query the other."""
     one_process: ClassVar[bool] = False
     """True for a term that several processes cannot compute; most that could not otherwise can with ``relates``."""

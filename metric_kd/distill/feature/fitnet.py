@@ -97,6 +97,7 @@ class FitNet(Term):
         self.layers, self.embedding, self.connector = parse_layers(layers), embedding, connector
         if not embedding:
             self.needs = ("maps",)  # type: ignore[misc]  # an option narrows what the class declares
+        self.anchors = embedding and connector == "none"
         self.connectors = nn.ModuleList()
 
     def build(self, student: Output, teacher: Output | None, num_classes: int) -> None:

@@ -56,7 +56,6 @@ class Regression(Term):
     family = "feature"
     cost = "N D E"
     default_weight = 1.0
-    anchors = True
     paper = "Asymmetric metric learning for knowledge transfer, 2020, arXiv 2006.16331"
 
     def __init__(self, distance: str = "cosine", map: str = "auto"):
@@ -66,6 +65,7 @@ class Regression(Term):
         if map not in MAPS:
             raise one_of("map of loss 'regression':", map, list(MAPS))
         self.distance, self.kind = distance, map
+        self.anchors = map != "linear"  # a trained map stays with the loss
         self.map: nn.Module = nn.Identity()
 
     def build(self, student: Output, teacher: Output | None, num_classes: int) -> None:

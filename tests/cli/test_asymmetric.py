@@ -1,0 +1,156 @@
+"""--eval asymmetric, --bridge, and metric-kd eval --against."""
+
+import json
+
+import pytest
+import torch
+from tiny import TINY
+
+from metric_kd.cli.asymmetric import refusals
+from metric_kd.cli.distill import main as distill
+from metric_kd.cli.embed import main as embed
+from metric_kd.cli.evaluate import main as evaluate
+from metric_kd.cli.parse import parse
+from metric_kd.deploy.bridge import bridge_from
+from metric_kd.engine.checkpoint import read_checkpoint
+from metric_kd.errors import UserError
+from metric_kd.evaluation.compatibility import PAIRS
+
+STUDENT = ["--base", "resnet8_x0.5:stem_stride=2", "--l2normalize", "false"]
+
+
+def run(image_folder, teacher_run, save_dir, *flags):
+    words = [*TINY, *STUDENT, "--data", image_folder, "--teacher_load", teacher_run, "--save_dir", save_dir, *flags]
+    distill([str(word) for word in words])
+    return save_dir
+
+
+@pytest.fixture(scope="module")
+def student_run(image_folder, teacher_run, tmp_path_factory):
+    torch.set_num_threads(1)
+    flags = ["--embedding_size", 16, "--dist_ratio", 1, "--eval", "asymmetric", "--bridge", "ridge"]
+    return run(image_folder, teacher_run, tmp_path_factory.mktemp("s") / "run", *flags)
+
+
+def history(path):
+    return [json.loads(line) for line in (path / "metrics.jsonl").read_text().splitlines()]
+
+
+def test_the_run_measures_what_the_matrix_says(student_run, teacher_run, capsys):
+    """Two ways to one figure: during training, and afterwards without the bridge."""
+    assert evaluate([str(student_run), "--against", str(teacher_run), "--bridge", "none"]) == 0
+    printed = capsys.readouterr().out
+    stored = json.loads((student_run / "compatibility.json").read_text())
+    last = history(student_run)[-1]
+    assert list(stored["matrix"]) == list(PAIRS) and stored["verdict"] in printed
+    assert stored["matrix"]["student-teacher"]["recall@1"] == last["asymmetric_recall@1"]
+    assert stored["matrix"]["student-student"]["recall@1"] == last["recall@1"]
+    assert "map@r" in stored["matrix"]["teacher-teacher"]
+
+
+def test_the_stored_bridge_is_the_one_that_is_fitted_afterwards(student_run, teacher_run, capsys):
+    bridge = bridge_from(read_checkpoint(student_run)["bridge"])
+    assert bridge.kind == "ridge" and bridge.weight.shape == (16, 16)
+    assert "a ridge bridge into the teacher's space" in (student_run / "result.txt").read_text()
+    matrices = []
+    for words in ([], ["--bridge=ridge"]):
+        evaluate([str(student_run), "--against", str(teacher_run), *words])
+        matrices.append(json.loads((student_run / "compatibility.json").read_text()))
+    assert matrices[0]["matrix"] == matrices[1]["matrix"]
+    assert matrices[0]["bridge"] == "ridge, stored with the student"
+    assert matrices[1]["bridge"].startswith("ridge, fitted on ")
+
+
+def test_other_widths_take_a_bridge(image_folder, teacher_run, tmp_path, capsys):
+    narrow = run(image_folder, teacher_run, tmp_path / "run", "--embedding_size", 8, "--dist_ratio", 1, "--epochs", 1)
+    evaluate([str(narrow), "--against", str(teacher_run)])
+    assert "bridge: ridge, fitted on" in capsys.readouterr().out
+    with pytest.raises(UserError, match="fit a bridge"):
+        evaluate([str(narrow), "--against", str(teacher_run), "--bridge", "none"])
+
+
+def test_a_bridge_from_a_teacher_that_is_read(image_folder, teacher_run, tmp_path):
+    """Fixed views in a cache: the first one is what the bridge is fitted on."""
+    flags = ["--embedding_size", 16, "--loss", "regression:1", "--bridge", "procrustes", "--epochs", 1]
+    cached = ["--views", 2, "--teacher_cache", tmp_path / "c.h5"]
+    first = run(image_folder, teacher_run, tmp_path / "a", *flags, *cached)
+    live = run(image_folder, teacher_run, tmp_path / "b", *flags, "--views", 2)
+    ours, theirs = (bridge_from(read_checkpoint(path)["bridge"]) for path in (first, live))
+    torch.testing.assert_close(ours.weight, theirs.weight, atol=1e-4, rtol=1e-3)
+
+
+def test_losses_that_leave_the_student_on_its_own_are_noted(image_folder, teacher_run, tmp_path, capsys):
+    flags = ["--embedding_size", 16, "--eval", "asymmetric", "--epochs", 1]
+    run(image_folder, teacher_run, tmp_path / "a", *flags, "--dist_ratio", 1)
+    assert "do not tie the student to the teacher's space" in "".join(capsys.readouterr())
+    run(image_folder, teacher_run, tmp_path / "b", *flags, "--dist_ratio", 1, "--loss", "csd:1")
+    assert "do not tie" not in "".join(capsys.readouterr())
+
+
+def test_selection_is_by_what_the_run_is_for(image_folder, teacher_run, tmp_path):
+    flags = ["--embedding_size", 16, "--eval", "asymmetric", "--loss", "csd:1", "--select", "val", "--epochs", 3]
+    path = run(image_folder, teacher_run, tmp_path / "run", *flags)
+    figures = [record["val_asymmetric_recall@1"] for record in history(path)]
+    best = read_checkpoint(path)["metrics"]
+    assert best["val_asymmetric_recall@1"] == max(figures)
+    assert best["epoch"] == 1 + figures.index(max(figures))
+
+
+@pytest.mark.parametrize(
+    ("flags", "words"),
+    [
+        (["--embedding_size", 8, "--eval", "asymmetric"], "give --embedding_size 16"),
+        (["--eval", "asymmetric", "--unlabelled"], "leave one of the two out"),
+    ],
+)
+def test_wrong_flags(image_folder, teacher_run, tmp_path, flags, words):
+    with pytest.raises(UserError, match=words):
+        run(image_folder, teacher_run, tmp_path / "run", "--dist_ratio", 1, *flags)
+    assert not (tmp_path / "run").exists()
+
+
+@pytest.mark.parametrize(
+    ("flags", "words"),
+    [
+        (["--bridge", "ridge", "--imitate", "embedding"], "leave --imitate out"),
+        (["--eval", "asymmetric", "--mutual", "resnet18"], "leave --mutual out"),
+        (["--eval", "asymmetric", "--task", "classification"], "leave --task classification out"),
+    ],
+)
+def test_what_they_do_not_go_with(flags, words):
+    (sentence,) = refusals(parse("distill", flags).config)
+    assert words in sentence
+
+
+def test_wrong_words_of_eval(student_run, teacher_run):
+    for words, sentence in (
+        (["--bridge", "ridge"], "name the teacher too"),
+        (["--against"], "--against needs a value"),
+        (["--against", "nowhere"], "nowhere does not exist"),
+        (["--against", str(teacher_run), "--bridge", "cubic"], "unknown bridge 'cubic'"),
+    ):
+        with pytest.raises(UserError, match=sentence):
+            evaluate([str(student_run), *words])
+
+
+def test_the_preset_is_the_recipe_of_its_losses():
+    config = parse("distill", ["--preset", "compatible", "--teacher_load", "t"]).config
+    assert [loss.split(":")[0] for loss in config.loss] == ["csd", "rkd_distance", "rkd_angle"]
+
+
+def test_vectors_in_the_teachers_space(student_run, teacher_run, image_folder, tmp_path):
+    import numpy as np
+
+    import metric_kd
+
+    images = sorted(str(path) for path in image_folder.rglob("*.png"))
+    plain, bridged = (metric_kd.load(student_run, bridge=b).embed(images) for b in (False, True))
+    bridge = bridge_from(read_checkpoint(student_run)["bridge"])
+    np.testing.assert_allclose(bridged, bridge(torch.from_numpy(plain)).numpy(), rtol=1e-6)
+    teacher = metric_kd.load(teacher_run).embed(images)
+    gaps = [np.linalg.norm(vectors - teacher) for vectors in (plain, bridged)]
+    assert gaps[1] < gaps[0]
+    embed([str(student_run), "--images", str(image_folder), "--out", str(tmp_path / "x.npy"), "--bridge"])
+    np.testing.assert_allclose(np.load(tmp_path / "x.npy"), bridged, rtol=1e-5, atol=1e-6)
+    with pytest.raises(UserError, match="holds no bridge"):
+        metric_kd.load(teacher_run, bridge=True)
