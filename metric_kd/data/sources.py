@@ -9,10 +9,7 @@ import torch
 
 from metric_kd.data import decode
 from metric_kd.data.pack import Located, decode_resized
-from metric_kd.data.transforms import Geometry, resize
-
-MEMORY_SIDE = 73
-"""Images up to this side live in memory: what inputs of 64 px need before the crop (64 * 256 / 224)."""
+from metric_kd.data.transforms import MEMORY_SIDE, Geometry, resize
 
 
 def side_of(paths: Sequence[str], geometry: Geometry) -> int:

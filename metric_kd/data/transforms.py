@@ -15,6 +15,8 @@ from torch.nn import functional as F
 from metric_kd.errors import UserError
 
 GOLDEN = np.uint64(0x9E3779B97F4A7C15)
+MEMORY_SIDE = 73
+"""Images up to this side live in memory: what inputs of 64 px need before the crop (64 * 256 / 224)."""
 SLICE_SIDE = 96
 """From this side on, copying rectangles image by image is faster than gathering pixels."""
 
@@ -91,8 +93,10 @@ class Geometry:
         return self.resize or round(self.crop * 256 / 224)
 
     def keeps(self, height: int, width: int) -> bool:
-        """Whether images of this size are used as they are stored (and padded), instead of resized."""
-        return height == width == self.crop and self.resize in (None, self.crop)
+        """Whether images of this size are used as they are stored (and padded), instead of resized: small ones of the
+        crop's size."""
+        small = self.resize is None and self.side <= MEMORY_SIDE
+        return height == width == self.crop and (small or self.resize == self.crop)
 
     def _pad(self, side: int) -> int:
         return self.crop // 8 if side == self.crop else 0

@@ -53,6 +53,7 @@ class EmbeddingGraph(nn.Module):
         assert network.spec.input_size is not None
         geometry = Geometry(input_size=network.spec.input_size, flip=False)
         self.crop, self.side = geometry.crop, geometry.side
+        self.keeps = geometry.keeps(geometry.crop, geometry.crop)
         self.network = network
 
     def forward(self, images: Tensor) -> Tensor:
@@ -64,7 +65,7 @@ class EmbeddingGraph(nn.Module):
     def view(self, images: Tensor) -> Tensor:
         """(N, 3, crop, crop) float32 of whole numbers in 0..255."""
         rows, columns = (torch.arange(length, device=images.device).double() for length in images.shape[-2:])
-        kept = (rows[-1] == self.crop - 1) & (columns[-1] == self.crop - 1)
+        kept = (rows[-1] == self.crop - 1) & (columns[-1] == self.crop - 1) & self.keeps
         side = torch.where(kept, self.crop, self.side).double()
         corner = torch.where(kept, 0, (self.side - self.crop) // 2).double()
         narrow = torch.round(images.float() @ self._weights(columns, side, corner).T)
