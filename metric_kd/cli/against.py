@@ -46,8 +46,8 @@ def matrix_of(parsed: Parsed, against: str, bridge: str) -> Matrix:
         teacher = restore_network(against, network_spec(session.config, "", Pixels(), {}), {}, "teacher")
         teacher = teacher.to(session.device).eval().requires_grad_(False)
         assert isinstance(session.student, Network)
-        ours = _embedded(session, session.student, session.test.records)
-        theirs = _embedded(session, teacher, session.test.records)
+        ours = embedded(session, session.student, session.test.records)
+        theirs = embedded(session, teacher, session.test.records)
         used, how = _bridge(session, load, teacher, bridge)
         records, config = session.test.records, session.config
         metrics = config.metrics or ["map@r"]
@@ -94,7 +94,7 @@ def fitted(session: Session, student: Network, teacher: Network, kind: str) -> B
     """A bridge from the training images, each as a test shows it."""
     records = session.training
     assert records is not None
-    ours, theirs = (_embedded(session, network, records) for network in (student, teacher))
+    ours, theirs = (embedded(session, network, records) for network in (student, teacher))
     return fit_bridge(ours.vectors, theirs.vectors, kind)
 
 
@@ -118,7 +118,7 @@ def _width(network: Network) -> int:
     return network.spec.embedding_size or network.pooled_size
 
 
-def _embedded(session: Session, network: Network, records: ImageRecords) -> Embeddings:
+def embedded(session: Session, network: Network, records: ImageRecords) -> Embeddings:
     """The embeddings of these images at the size that the network was trained with."""
     config = session.config
     loader = session.test

@@ -29,6 +29,9 @@ class RunConfig:
     base: str = flag("resnet50", "backbone, with options as name:option=value; `metric-kd list backbones`")
     embedding_size: int = flag(128, "length of the embedding; 0: the pooled feature itself")
     l2normalize: bool = flag(True, "scale embeddings to length 1")
+    nested: str | None = flag(
+        None, "lengths as 16,32,64: losses of the embedding, and Recall@K, for these first numbers of it as well"
+    )
     classifier: bool = flag(
         False, "embedding: a classifier of the training classes beside the embedding, for losses that read logits"
     )
@@ -99,6 +102,12 @@ class RunConfig:
         "result: the last epoch; best on held-out training classes (classification: images); or best on test, the papers' habit",
     )
     eval_every: int = flag(1, "epochs between evaluations")
+    also_eval: list[str] = flag(
+        [], "DATASET[:DATA], repeatable: Recall@K on the test images of other data sets too, once, of the result"
+    )
+    log_gradients: int = flag(
+        0, "steps between measurements of the share of every loss in the gradient (of what it reads); 0: none"
+    )
     record_weights: str | None = flag(
         None,
         "for metric-kd quantify, keep how far the student's weights move, and itself after epochs: all, paper, or 0,5,10",
@@ -145,6 +154,9 @@ class DistillConfig(RunConfig):
     )
     teacher_cache: str | None = flag(
         None, "ask the teacher once and keep its answers in this file, made where there is none (with --views)"
+    )
+    teacher_check: bool = flag(
+        True, "before training, warn of a collapsed teacher, of its scale, and of images that are there twice"
     )
     views: int = flag(0, "show every training image in this many fixed crops; 0: in new ones every epoch")
     view_seed: int = flag(0, "seed of the fixed crops; runs of several --seed share them")

@@ -6,7 +6,9 @@ With --against TEACHER and --bridge: whether it can query the teacher's gallery 
 from collections.abc import Sequence
 
 from metric_kd import distributed
+from metric_kd.cli import also_eval
 from metric_kd.cli.against import matrix_of, split_off
+from metric_kd.cli.nested import nested_keys, prefix_table
 from metric_kd.cli.parse import Parsed, parse, run_as_flag
 from metric_kd.cli.session import build, checked
 from metric_kd.cli.stored import run_of
@@ -41,11 +43,16 @@ def evaluate(parsed: Parsed) -> dict[str, float]:
             print(note)
     try:
         metrics = session.goal.evaluate(session.config, session.device, session.test)(session.student)
+        elsewhere = also_eval.measured(session.config, session.device, session.also, session.student)
     finally:
         session.close()
     metrics = distributed.from_main(metrics)
     suffix = " (selected on test)" if selected_on_test(session.config.load) else ""
-    for key, title in session.metrics.items():
-        if distributed.is_main():
-            print(f"{title}: {100 * metrics[key]:.4f}{suffix}")
+    if distributed.is_main():
+        own = nested_keys(session.config)  # in a table of their own
+        lines = [
+            f"{title}: {100 * metrics[key]:.4f}{suffix}" for key, title in session.metrics.items() if key not in own
+        ]
+        print("\n".join([*lines, *prefix_table(session.config, session.student, metrics)]))
+        print("".join(f"{line}{suffix}\n" for line in also_eval.lines_of(elsewhere)), end="")
     return metrics

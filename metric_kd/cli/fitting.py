@@ -8,12 +8,15 @@ from typing import Any, NamedTuple
 from tqdm import tqdm
 
 from metric_kd import distributed
+from metric_kd.cli import also_eval
 from metric_kd.cli.bridging import keep_bridge
 from metric_kd.cli.config import GranularityConfig, default_save_dir, to_dict
 from metric_kd.cli.making import make_batches, make_settings, make_task
+from metric_kd.cli.nested import nested_keys, prefix_table
 from metric_kd.cli.networks import share_start
 from metric_kd.cli.parse import Parsed
 from metric_kd.cli.session import Session, build, checked
+from metric_kd.cli.teacher_check import warnings_of
 from metric_kd.cli.unlabelled import is_unlabelled
 from metric_kd.data.batches import check_share
 from metric_kd.engine import compiling
@@ -101,6 +104,8 @@ def _fit(
         if extended and moving:
             say("more epochs than before: what follows their number (rate, schedules, stages) is another from here on")
     else:
+        for warning in warnings_of(session) if distributed.is_main() else ():
+            say(warning)
         say(f"training into {run.path}")
         if session.config.student_init is not None and distributed.is_main():
             share = Path(session.config.student_init)
@@ -138,21 +143,35 @@ def _finish(session: Session, run: RunDirectory, trainer: Trainer) -> dict[str, 
     All processes measure together; the main one has the metrics, and writes.
     """
     results = {name: _result(session, run, trainer, name) for name in trainer.task.networks}
+    elsewhere = _elsewhere(session, run)
     if not distributed.is_main():
         return {}
     trainer.finish({name: result.final for name, result in results.items()})
     bridged = keep_bridge(session, run)
     lines = [line for name, result in results.items() for line in _lines(session, name, result)]
     lines += [] if bridged is None else [bridged]
+    lines += prefix_table(session.config, trainer.task.student, results["student"].best)
+    lines += also_eval.lines_of(elsewhere)
     write_text(run.result, "\n".join(lines) + "\n")
-    write_text(run.card, json.dumps(_card(session, trainer, results), indent=2) + "\n")
+    write_text(run.card, json.dumps({**_card(session, trainer, results), "also": elsewhere}, indent=2) + "\n")
     say("\n".join([*lines, f"wrote {', '.join(str(run.best_of(name)) for name in results)}"]))
     return results["student"].best
 
 
+def _elsewhere(session: Session, run: RunDirectory) -> also_eval.Elsewhere:
+    """--also_eval, of the network that is the result: where it was selected on test, that is not the last epoch's."""
+    student = session.student
+    if session.also and session.config.select == "test":
+        if distributed.is_main():
+            student.load_state_dict(read_checkpoint(run.best)["model"])
+        distributed.copy_from_main(student.state_dict().values())
+    return also_eval.measured(session.config, session.device, session.also, student)
+
+
 def _lines(session: Session, name: str, result: Result) -> list[str]:
     suffix = ", beside a best that was selected on test" if session.config.select == "test" else ""
-    titles = session.metrics.items()
+    own = nested_keys(session.config)  # in a table of their own
+    titles = [(key, title) for key, title in session.metrics.items() if key not in own]
     whose = "" if name == "student" else f"{name}: "
     lines = [f"{whose}Best {title}: {100 * result.best[key]:.4f} ({result.chosen})" for key, title in titles]
     return lines + [

@@ -13,6 +13,7 @@ from torch import nn
 
 from metric_kd import distributed
 from metric_kd.cli.config import NETWORK_FIELDS, RunConfig
+from metric_kd.cli.nested import check_width, key_of, nested_keys, prefix_of, prefixes_of
 from metric_kd.cli.unlabelled import Unlabelled, is_unlabelled, load_unlabelled
 from metric_kd.data import load_dataset
 from metric_kd.data.batches import ClassBalancedBatches, ShuffledBatches
@@ -93,11 +94,12 @@ class Retrieval:
     def keys(self, config: RunConfig, cameras: bool = False) -> dict[str, str]:
         # Recall@K counts another image by the query's own camera as a hit, so it stands behind where there are cameras.
         hits = {f"recall@{k}": f"Recall@{k}" for k in config.recall}
-        return {**(TITLES if cameras else {}), **hits, **titles(config.metrics)}
+        return {**(TITLES if cameras else {}), **hits, **titles(config.metrics), **nested_keys(config)}
 
     def check(self, config: RunConfig, records: ImageRecords, network: Network) -> None:
         check_ks(config.recall, gallery_size(len(records), records.query, records.gallery))
         check_metrics(config.metrics, records.labels, records.query, records.gallery)
+        check_width(config, network)
 
     def evaluate(self, config: RunConfig, device: torch.device, loader: ImageLoader, prefix: str = "") -> Evaluate:
         def measure(network: nn.Module) -> dict[str, float]:
@@ -120,15 +122,14 @@ class Retrieval:
     def metrics(self, config: RunConfig, loader: ImageLoader, vectors: Embeddings) -> dict[str, float]:
         """What the embeddings of a loader's images are worth."""
         records = loader.records
-        return evaluate_retrieval(
-            vectors,
-            config.recall,
-            query=records.query,
-            gallery=records.gallery,
-            cameras=records.cameras,
-            metrics=config.metrics,
-            seed=config.seed,
+        sides = {"query": records.query, "gallery": records.gallery}
+        found = evaluate_retrieval(
+            vectors, config.recall, **sides, cameras=records.cameras, metrics=config.metrics, seed=config.seed
         )[0]
+        for length in prefixes_of(config):
+            values, _ = evaluate_retrieval(prefix_of(config, vectors, length), config.recall, **sides)
+            found |= {key_of(key, length): value for key, value in values.items()}
+        return found
 
 
 class Classification:

@@ -17,16 +17,18 @@ COMMANDS = {
     "probe": "a linear classifier on the frozen backbone of a run, on another data set",
     "compare": "methods, weights and seeds of a YAML file, as one table",
     "analyse": "how alike a student and its teacher are inside",
+    "evidence": "how sure a student's figures are, and what it kept of its teacher",
     "quantify": "what distillation taught, by the concepts in a layer",
     "pack": "all images of a data set in one file, for --pack",
     "embed": "write the embeddings of a folder of images",
+    "report": "trained runs and their teachers as one page: figures, curves, galleries, maps, cost",
     "export": "one file from pixels to embeddings (ONNX, torch.export), checked, with a model card",
     "index": "a folder of images as one file that can be searched, kept up to date by the same command",
     "search": "the images of an index that are nearest to others",
     "list": "names of datasets, backbones, samplers, losses or methods",
 }
 _MODULES = {"eval": "evaluate", "list": "listing"}
-ALONE = ("analyse", "quantify", "pack", "embed", "list")
+ALONE = ("analyse", "evidence", "quantify", "report", "pack", "embed", "list")
 """Commands of one process: several would do the same and write the same files."""
 
 

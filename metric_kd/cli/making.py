@@ -8,6 +8,7 @@ from torch import nn
 
 from metric_kd import distributed
 from metric_kd.cli.config import DistillConfig, ProbeConfig, RunConfig, fit_head_of
+from metric_kd.cli.nested import prefixes_of
 from metric_kd.cli.session import Session
 from metric_kd.distill.granularity import CodedTeacher, Coders, Encoders
 from metric_kd.engine.coding import Coding
@@ -43,7 +44,7 @@ def make_task(session: Session) -> Solo | Mutual | Coding:
         rates = dict(zip(session.peers, config.peer_lr or [], strict=False))
         task = Mutual(networks, losses, config.precision, encoders, rates)
     else:
-        objective = Objective(losses)
+        objective = Objective(losses, prefixes_of(config), config.l2normalize)
         for key, term in objective.items():
             if distributed.world_size() > 1 and term.one_process:
                 raise UserError(f"loss {key!r} works in one process only; run it without torchrun.")
@@ -113,4 +114,5 @@ def make_settings(config: RunConfig, iterations: int) -> Settings:
         precision=config.precision,
         seed=config.seed,
         save_minutes=config.save_minutes,
+        log_gradients=config.log_gradients,
     )

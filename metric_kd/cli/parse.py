@@ -157,7 +157,7 @@ def _as_flags(command: str, values: dict[str, Any]) -> list[str]:
     return tokens
 
 
-REPEATED = ("loss", "plugins", "mutual", "lr_for")
+REPEATED = ("loss", "plugins", "mutual", "lr_for", "also_eval")
 """Flags that are given once per entry."""
 
 

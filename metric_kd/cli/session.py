@@ -7,6 +7,7 @@ import torch
 from torch import nn
 
 from metric_kd import distributed
+from metric_kd.cli.also_eval import loaders_of
 from metric_kd.cli.asymmetric import Asymmetric, check_asymmetric, is_asymmetric
 from metric_kd.cli.config import (
     DistillConfig,
@@ -64,6 +65,8 @@ class Session:
     """The teacher's embeddings of held-out images (--unlabelled, --eval asymmetric)."""
     training: ImageRecords | None = None
     """All training images, of an evaluation too."""
+    also: dict[str, ImageLoader] = field(default_factory=dict)
+    """Test images of other data sets (--also_eval)."""
 
     @property
     def goal(self) -> Goal:
@@ -88,7 +91,7 @@ class Session:
 
     def close(self) -> None:
         """End the processes that decode images."""
-        for loader in (self.train, self.test, self.validation):
+        for loader in (self.train, self.test, self.validation, *self.also.values()):
             if loader is not None:
                 loader.close()
 
@@ -169,6 +172,7 @@ def build(parsed: Parsed) -> Session:
     for loader in (test, validation):
         if loader is not None:
             goal_of(config).check(config, loader.records, measured)
+    also = loaders_of(config)
     for network in peers.values():
         network.to(device)
     if teacher is not None:
@@ -179,7 +183,7 @@ def build(parsed: Parsed) -> Session:
     targets = targets_of(config, taught, held, device)
     check_asymmetric(config, measured, targets.values(), notes)
     student = student.to(device)
-    return Session(config, device, train, test, validation, student, taught, notes, peers, targets, splits.train)
+    return Session(config, device, train, test, validation, student, taught, notes, peers, targets, splits.train, also)
 
 
 def _check_losses(

@@ -1,4 +1,4 @@
-"""What makes up a step: --batch, --accumulate, --relation_batch, --compile, and what they do not go with."""
+"""What makes up a step: --batch, --accumulate, --relation_batch, --compile, --log_gradients, and what they do not go with."""
 
 from metric_kd.cli.config import DistillConfig, GranularityConfig, RunConfig, is_evaluation
 from metric_kd.cli.losses import losses_of
@@ -10,7 +10,7 @@ from metric_kd.losses.term import TERMS
 
 def refusals(config: RunConfig) -> list[str]:
     """What is wrong with the flags that say what a step is, one sentence each."""
-    return [*_relation_batch(config), *_compile(config)]
+    return [*_relation_batch(config), *_compile(config), *_log_gradients(config)]
 
 
 def _relation_batch(config: RunConfig) -> list[str]:
@@ -42,3 +42,12 @@ def _compile(config: RunConfig) -> list[str]:
         for loss in losses_of(config)
         if loss.weight and TERMS[loss.name].differentiates
     ]
+
+
+def _log_gradients(config: RunConfig) -> list[str]:
+    if config.log_gradients < 0:
+        return [f"--log_gradients is {config.log_gradients}; give a number of steps, or 0 for none."]
+    alone = not isinstance(config, GranularityConfig) and not (isinstance(config, DistillConfig) and config.mutual)
+    if config.log_gradients and not alone:
+        return ["--log_gradients measures the losses of one student; leave it out here."]
+    return []

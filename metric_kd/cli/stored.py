@@ -59,7 +59,7 @@ def _with_layer(config: Any) -> Any:
 def _with_data_of(config: Any, path: str, given: frozenset[str]) -> Any:
     """The data on which a run was trained, where the flags do not say another."""
     stored = run_of(path).stored_config() or {}
-    keys = {"task", "classifier", "dataset", "data", "labels", "train_classes", "recall", "top"}
+    keys = {"task", "classifier", "dataset", "data", "labels", "train_classes", "recall", "top", "nested"}
     if stored.get("unlabelled"):
         if not given & {"dataset", "data"}:
             raise UserError(

@@ -5,7 +5,7 @@ from functools import partial
 from pathlib import Path
 
 from metric_kd import kernels
-from metric_kd.cli import asymmetric, steps, teacher_cache, unlabelled
+from metric_kd.cli import also_eval, asymmetric, nested, steps, teacher_cache, unlabelled
 from metric_kd.cli.config import (
     DistillConfig,
     GranularityConfig,
@@ -45,6 +45,8 @@ def validate(config: RunConfig) -> list[str]:
             teacher_cache.refusals,
             unlabelled.refusals,
             asymmetric.refusals,
+            nested.refusals,
+            also_eval.refusals,
         )
         for sentence in check(config)
     ]

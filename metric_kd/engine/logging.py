@@ -86,9 +86,12 @@ def not_finite(what: str, step: int, last: Path) -> str:
 
 def epoch_line(record: dict[str, Any], title: str, epochs: int) -> str:
     """One honest line per epoch."""
-    known = ("stage", "epoch", "step", "loss", "losses", "lr", "seconds")
+    known = ("stage", "epoch", "step", "loss", "losses", "gradient_shares", "lr", "seconds")
     metrics = [f"{key} {100 * value:.2f}" for key, value in record.items() if key not in known]
     parts = [f"{name} {value:.4f}" for name, value in record["losses"].items()]
+    shares = [f"{name} {100 * value:.0f}%" for name, value in record.get("gradient_shares", {}).items()]
+    if shares:
+        parts.append(f"of the gradient: {', '.join(shares)}")
     return "  ".join(
         [
             f"{title} {record['epoch']}/{epochs}",

@@ -23,6 +23,7 @@ class Settings:
     epochs of linear warm-up; nesterov: of SGD; clip_norm: largest gradient norm, 0 for none; save_minutes: checkpoint at
     least this often. iterations: steps in an epoch; accumulate: batches in a step, one after the other; chunk: images that
     the networks take at a time where a batch is too large for them (:mod:`metric_kd.engine.replay`), 0 for all of it.
+    log_gradients: steps between measurements of the losses' shares in the gradient, 0 for none.
     """
 
     epochs: int
@@ -43,6 +44,7 @@ class Settings:
     seed: int = 0
     save_minutes: float = 10.0
     log_interval: int = 20
+    log_gradients: int = 0
 
 
 def learning_rate(settings: Settings, epoch: int, iteration: int) -> float:

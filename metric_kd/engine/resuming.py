@@ -22,7 +22,7 @@ def progress(trainer: "Trainer", seconds: float) -> dict[str, Any] | None:
 
     All processes call it together; the main one gets the content, the others None.
     """
-    losses = trainer.losses.state()
+    losses, gradients = trainer.losses.state(), trainer.gradients.state()
     # One that failed on the way is not what computes.
     trainer.environment["kernels"] = kernels.described(trainer.device)
     states = distributed.gather_objects(reproducibility.random_states())
@@ -34,6 +34,7 @@ def progress(trainer: "Trainer", seconds: float) -> dict[str, Any] | None:
         "optimizer": trainer.optimizer.state_dict(),
         "scaler": trainer.scaler.state_dict(),
         "losses": losses,
+        "gradients": gradients,
         "position": {
             "stage": trainer.stage,
             "stages": [entered[1].name for entered in trainer.stages if entered],
@@ -99,6 +100,8 @@ def restore(trainer: "Trainer", state: dict[str, Any]) -> None:
     trainer.optimizer.load_state_dict(state["optimizer"])
     trainer.scaler.load_state_dict(state["scaler"])
     trainer.losses.restore(state["losses"])
+    if "gradients" in state:
+        trainer.gradients.restore(state["gradients"])
     trainer.epoch, trainer.iteration, trainer.step = position["epoch"], position["iteration"], position["step"]
     trainer.lines = position["lines"]
     trainer.seconds, trainer.best = state["seconds"], state["best"]

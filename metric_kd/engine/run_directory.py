@@ -17,7 +17,20 @@ from metric_kd.engine.weight_record import remove_record
 from metric_kd.errors import UserError
 
 RESUMABLE_KEYS = frozenset(
-    {"epochs", "workers", "pack", "teacher_cache", "device", "save_minutes", "resume", "dry_run", "save_dir", "plugins"}
+    {
+        "epochs",
+        "workers",
+        "pack",
+        "teacher_cache",
+        "device",
+        "save_minutes",
+        "resume",
+        "dry_run",
+        "save_dir",
+        "plugins",
+        "log_gradients",
+        "teacher_check",
+    }
 )
 """Config keys that may differ between the start of a run and its continuation."""
 
@@ -124,6 +137,7 @@ class RunDirectory:
             self.config,
             self.path / "analysis.json",
             self.path / "cka.png",
+            self.path / "evidence.json",
             *self.path.glob("peer*.pth"),
         ):
             file.unlink(missing_ok=True)

@@ -16,6 +16,7 @@ from metric_kd.distill.granularity import Coders
 from metric_kd.engine import reproducibility
 from metric_kd.engine.accumulation import accumulate, exchanging, groups
 from metric_kd.engine.checkpoint import write_checkpoint
+from metric_kd.engine.gradients import GradientShares
 from metric_kd.engine.interruption import StopRequest
 from metric_kd.engine.logging import Observer, RunningLosses, epoch_line
 from metric_kd.engine.memory import is_out_of_memory, way_out
@@ -70,6 +71,7 @@ class Trainer:
         self.observers, self.config, self.about = observers, config or {}, about or {}
         self.stages: list[tuple[str, Stage] | None] = [*task.stages(), None]
         self.losses = RunningLosses(task.loss_names, device)
+        self.gradients = GradientShares(task, settings.log_gradients, device)
         self.replay = Replay(task, settings.chunk) if settings.chunk else None
         self.step = 0
         self.lines = 0  # of metrics.jsonl: finished epochs over all stages
@@ -210,10 +212,11 @@ class Trainer:
 
     def _update(self, batches: Sequence[Batch]) -> None:
         self.optimizer.zero_grad(set_to_none=True)
-        if self.replay is not None:
-            total, values = self.replay(batches[0].to(self.device), self.scaler.scale)
-        else:
-            total, values = accumulate(self.module, batches, self.device, self.scaler.scale, self._seed)
+        with self.gradients.measuring(self.step):
+            if self.replay is not None:
+                total, values = self.replay(batches[0].to(self.device), self.scaler.scale)
+            else:
+                total, values = accumulate(self.module, batches, self.device, self.scaler.scale, self._seed)
         if self.settings.clip_norm > 0:
             self.scaler.unscale_(self.optimizer)
             clip(self.optimizer, self.settings.clip_norm)
@@ -232,6 +235,7 @@ class Trainer:
             "losses": {name: means[name] for name in self.task.acting},
             "lr": self.optimizer.param_groups[0]["lr"],
         }
+        record |= self.gradients.record(self.task.acting)
         if self.stage_name is not None:
             record = {"stage": self.stage_name, **record}
         due = self.epoch % self.eval_every == 0 or self.epoch == self.settings.epochs
@@ -246,6 +250,7 @@ class Trainer:
         elapsed = time.monotonic() - started
         record["seconds"] = round(self.seconds + elapsed, 3)
         self.losses.reset()
+        self.gradients.reset()
         self.epoch, self.iteration, self.seconds = self.epoch + 1, 0, 0.0
         self.lines += 1
         if distributed.is_main():

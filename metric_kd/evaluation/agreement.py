@@ -1,11 +1,14 @@
 """How alike two networks lay out the same images, without labels."""
 
+import torch
 from torch import Tensor
 
 from metric_kd.errors import UserError
 from metric_kd.evaluation.search import find_neighbours
 
 NEIGHBOURS = 10
+AT_ONCE = 1 << 22
+"""Pairs of neighbours that are compared at once (4 MiB)."""
 
 
 def neighbours_of(vectors: Tensor, k: int = NEIGHBOURS) -> Tensor:
@@ -29,7 +32,15 @@ def share_of(one: Tensor, other: Tensor) -> float:
         raise ValueError(
             f"neighbours of shapes {tuple(one.shape)} and {tuple(other.shape)} are not of the same images."
         )
-    return float((one[:, :, None] == other[:, None, :]).any(2).double().mean())
+    return float(shared_counts(one, other).sum()) / one.numel()
+
+
+def shared_counts(one: Tensor, other: Tensor) -> Tensor:
+    """(N,) int64: how many entries of a row of ``one`` (N, k) are also in that row of ``other`` (N, k); -1 is no entry."""
+    rows = max(1, AT_ONCE // max(1, one.shape[1] * other.shape[1]))
+    parts = zip(one.split(rows), other.split(rows), strict=True)
+    found = [((a[:, :, None] == b[:, None, :]).any(2) & (a >= 0)).sum(1) for a, b in parts]
+    return torch.cat(found)
 
 
 def check_count(images: int, k: int = NEIGHBOURS) -> None:

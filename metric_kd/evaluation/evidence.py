@@ -5,6 +5,7 @@ from torch import Tensor
 
 from metric_kd.distances import unit_rows
 from metric_kd.errors import UserError
+from metric_kd.evaluation.agreement import shared_counts
 from metric_kd.types import Neighbours
 
 SHARE = 1 << 22
@@ -19,10 +20,7 @@ def neighbour_overlap(first: Neighbours, second: Neighbours, k: int) -> Tensor:
     one, other = _searched(first, k), _searched(second, k)
     if len(one) != len(other):
         raise UserError(f"overlap compares the same queries; got {len(one)} and {len(other)}.")
-    rows = max(1, SHARE // (k * k))
-    parts = zip(one.split(rows), other.split(rows), strict=True)
-    found = [((a[:, :, None] == b[:, None, :]).any(2) & (a >= 0)).sum(1) for a, b in parts]
-    return torch.cat(found).double() / k
+    return shared_counts(one, other).double() / k
 
 
 def rank_biased_overlap(first: Neighbours, second: Neighbours, p: float = 0.9, k: int | None = None) -> Tensor:

@@ -30,6 +30,15 @@ def recall_at_k(neighbours: Neighbours, ks: Iterable[int]) -> dict[int, float]:
     return {k: int((hits[:, k - 1] > 0).sum()) / len(hits) for k in ks}
 
 
+def hits_at_k(neighbours: Neighbours, k: int = 1) -> Tensor:
+    """(Q,) float64: 1 for a query with an item of its class among its K nearest, else 0; their mean is Recall@K.
+
+    Raises ``UserError`` where fewer than K neighbours were searched.
+    """
+    _check_searched(neighbours, k, f"Recall@{k}")
+    return _matches(neighbours)[:, :k].any(1).double()
+
+
 def recall(embeddings: Tensor, labels: Tensor, ks: Iterable[int] = (1,)) -> dict[int, float]:
     """Recall@K of (N, D) embeddings with (N,) labels, each a query against all others; see :func:`recall_at_k`."""
     ks = list(ks)

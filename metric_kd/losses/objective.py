@@ -13,6 +13,8 @@ from torch import Tensor, nn
 from metric_kd.distances import sharing
 from metric_kd.distributed import common_draws
 from metric_kd.errors import UserError, one_of
+from metric_kd.losses.gradients import gradient_norms
+from metric_kd.losses.nested import READ, check_nested, prefixes_seen
 from metric_kd.losses.term import TERMS, Pair, PairTerm, Seen, Stage, Term
 from metric_kd.models.layers import LAYER
 from metric_kd.types import Batch, Output
@@ -124,10 +126,15 @@ class Objective(nn.Module):
     One :class:`~metric_kd.distances.Pairwise` per tensor is shared by all terms of a step. :meth:`enter` chooses which
     terms act: all that act in the main stage (the state in which it starts), or one term in a stage of its own. Raises
     ``UserError`` where no term is left for the main stage.
+
+    nested: lengths of prefixes of the student's embedding. A term that reads it is then the mean of what it gives for every
+    prefix and for the whole (:mod:`metric_kd.losses.nested`; the paper adds them up), others count once. unit: whether
+    embeddings, and so prefixes, have length 1.
     """
 
-    def __init__(self, losses: Sequence[LossSpec]):
+    def __init__(self, losses: Sequence[LossSpec], nested: Sequence[int] = (), unit: bool = False):
         super().__init__()
+        self.nested, self.unit = tuple(nested), unit
         active = [loss for loss in losses if loss.weight != 0]
         if not active:
             raise UserError("every loss has weight zero; give at least one, as in --loss rkd_distance:1.")
@@ -145,6 +152,8 @@ class Objective(nn.Module):
                 "--loss cross_entropy:1."
             )
         self.stage: tuple[str, Stage] | None = None
+        self.norms: list[Tensor] | None = None
+        """Where it is a list, :meth:`forward` adds the norms of :func:`gradient_norms` to it, one for each of ``names``."""
         self._main = {key: self.weights[key] for key, term in self.items() if term.acts_in_main}
 
     @property
@@ -224,6 +233,8 @@ class Objective(nn.Module):
                 term.build(_the_pair(key, pair))
             else:
                 term.build(student, teacher if term.reads_teacher else None, num_classes)
+        if self.nested:
+            check_nested(self.items(), self.nested, None if student.embedding is None else student.embedding.shape[1])
 
     def forward(
         self,
@@ -243,11 +254,28 @@ class Objective(nn.Module):
         with sharing():
             if whole is not None:
                 with common_draws(batch.labels.device):
-                    values = {key: self._value(key, whole) for key in self.related}
-            values |= {key: self._value(key, share) for key in acting if key not in values}
-        total = torch.stack([weight * values[key] for key, weight in acting.items()]).sum()
+                    values = self._values(self.related, whole)
+            values |= self._values([key for key in acting if key not in values], share)
+        weighted = {key: weight * values[key] for key, weight in acting.items()}
+        total = torch.stack(list(weighted.values())).sum()
+        if self.norms is not None:
+            self._measure(self.norms, weighted, student)
         resting = torch.zeros_like(total.detach())
         return total, {key: values[key].detach() if key in values else resting for key in self.names}
+
+    def _values(self, keys: Sequence[str], seen: Seen) -> dict[str, Tensor]:
+        views = prefixes_seen(seen, self.nested, self.unit) if self.nested else [seen]
+        return {
+            key: torch.stack([self._value(key, view) for view in views]).mean()
+            if len(views) > 1 and READ in self._term(key).needs
+            else self._value(key, seen)
+            for key in keys
+        }
+
+    def _measure(self, norms: list[Tensor], weighted: dict[str, Tensor], student: Output | None) -> None:
+        found = gradient_norms(weighted, {key: self._term(key) for key in weighted}, student)
+        at = torch.tensor([self.names.index(key) for key in weighted], device=found.device)
+        norms.append(found.new_zeros(len(self.names)).index_copy(0, at, found))
 
     def _value(self, key: str, seen: Seen) -> Tensor:
         term = self._term(key)

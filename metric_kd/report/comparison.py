@@ -4,12 +4,12 @@ import base64
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import partial
-from importlib import resources
 from textwrap import fill
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
 
+from metric_kd.report.page import render
 from metric_kd.report.pictures import Picture, chart
 from metric_kd.report.words import duration
 
@@ -276,11 +276,6 @@ def _dress(axes: "Axes", rows: Sequence[ComparedRow], below: str) -> None:
 
 def comparison_page(report: ComparisonReport) -> str:
     """The table, the charts and how they came about, as one HTML file that needs no other."""
-    from jinja2 import Environment, StrictUndefined
-
     titles, rows = cells(report)
-    environment = Environment(autoescape=True, undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True)
-    template = resources.files("metric_kd.report").joinpath("comparison.html").read_text(encoding="utf-8")
-    return environment.from_string(template).render(
-        report=report, titles=titles, rows=rows, figures=charts(report), legend=legend(report)
-    )
+    filled = {"report": report, "titles": titles, "rows": rows, "figures": charts(report), "legend": legend(report)}
+    return render("comparison.html", **filled)

@@ -20,28 +20,36 @@ def training_curves(runs: list[RunSummary]) -> list[Picture]:
 
 
 def recall_curves(runs: list[RunSummary]) -> Picture | None:
-    """Recall@K by epoch, one line per run; epochs without an evaluation are left out. None where no run has any."""
+    """Recall@K by epoch, K the smallest that all runs have; see :func:`metric_curves`."""
+    k = common_ks(runs)[0]
+    return metric_curves(runs, f"recall@{k}", f"Recall@{k}")
+
+
+def metric_curves(runs: list[RunSummary], key: str, name: str) -> Picture | None:
+    """A metric by epoch, one line per run; epochs without an evaluation are left out. None where no run has any.
+
+    key: as the records of metrics.jsonl have it, for fractions; name: for people.
+    """
     from matplotlib.figure import Figure
 
-    k = common_ks(runs)[0]
     figure = Figure(figsize=(WIDTH, 3.9), layout="constrained")
     axes = figure.add_subplot()
     told = []
     for run, (colour, dashes) in zip(runs, styles(runs), strict=True):
-        points, held_out = _recalls(run.history, k)
+        points, held_out = _measured(run.history, key)
         if points:
             epochs, values = zip(*points, strict=True)
-            label = _plain(run.title + (" (held-out training classes)" if held_out else ""))
+            label = plain(run.title + (" (held-out training classes)" if held_out else ""))
             axes.plot(epochs, [100 * v for v in values], color=colour, ls=dashes, lw=2, marker="o", ms=4, label=label)
             told.append(f"{run.title} ends at {100 * values[-1]:.1f}% after epoch {epochs[-1]}")
     if not told:
         return None
-    _dress(axes, "epoch", f"Recall@{k} (%)")
+    dress(axes, "epoch", f"{name} (%)")
     figure.legend(loc="outside upper left", frameon=False, fontsize=LETTERS)
     return chart(
         figure,
-        f"Line chart of Recall@{k} by epoch: {'; '.join(told)}.",
-        f"Recall@{k} after each epoch. Higher is better.",
+        f"Line chart of {name} by epoch: {'; '.join(told)}.",
+        f"{name} after each epoch. Higher is better.",
     )
 
 
@@ -62,8 +70,8 @@ def loss_curves(runs: list[RunSummary]) -> Picture | None:
         points = [(record["epoch"], record["loss"]) for record in run.history if record.get("loss") is not None]
         epochs, values = zip(*points, strict=True)
         axes.plot(epochs, values, color=colour, ls=dashes, lw=2, marker="o", ms=3)
-        axes.set_title(_plain(run.title), fontsize=LETTERS, loc="left", color=colour)
-        _dress(axes, "epoch" if run is drawn[-1][0] else "", "loss")
+        axes.set_title(plain(run.title), fontsize=LETTERS, loc="left", color=colour)
+        dress(axes, "epoch" if run is drawn[-1][0] else "", "loss")
         told.append(f"{run.title} from {values[0]:.3g} to {values[-1]:.3g}")
     return chart(
         figure,
@@ -72,16 +80,17 @@ def loss_curves(runs: list[RunSummary]) -> Picture | None:
     )
 
 
-def _recalls(history: list[dict[str, Any]], k: int) -> tuple[list[tuple[int, float]], bool]:
+def _measured(history: list[dict[str, Any]], metric: str) -> tuple[list[tuple[int, float]], bool]:
     """([(epoch, fraction)], whether it was measured on held-out training classes)."""
-    for key, held_out in ((f"recall@{k}", False), (f"val_recall@{k}", True)):
+    for key, held_out in ((metric, False), (f"val_{metric}", True)):
         points = [(record["epoch"], record[key]) for record in history if record.get(key) is not None]
         if points:
             return points, held_out
     return [], False
 
 
-def _dress(axes: "Axes", below: str, left: str) -> None:
+def dress(axes: "Axes", below: str, left: str) -> None:
+    """The axes of a chart over epochs."""
     from matplotlib.ticker import MaxNLocator
 
     axes.xaxis.set_major_locator(MaxNLocator(integer=True, min_n_ticks=1))
@@ -93,5 +102,6 @@ def _dress(axes: "Axes", below: str, left: str) -> None:
     axes.spines[["top", "right"]].set_visible(False)
 
 
-def _plain(text: str) -> str:
+def plain(text: str) -> str:
+    """A name that matplotlib shows as it is."""
     return text.replace("$", r"\$")  # matplotlib reads $...$ as mathematics

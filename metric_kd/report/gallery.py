@@ -7,7 +7,7 @@ import numpy as np
 
 from metric_kd.data.records import ImageRecords
 from metric_kd.errors import UserError
-from metric_kd.report.pictures import Picture, photograph
+from metric_kd.report.pictures import THUMBNAIL, Picture, photograph
 from metric_kd.types import Neighbours
 
 ImageOf = Callable[[int], np.ndarray]
@@ -90,16 +90,20 @@ def retrieval_gallery(
     class_names: Sequence[str],
     *,
     compare: tuple[str, str] | None = None,
+    groups: Sequence[tuple[str, str, str]] | None = None,
     k: int = 5,
     per_group: int = 3,
     seed: int = 0,
     gallery_images: ImageOf | None = None,
     title: str = "What the networks find",
+    side: int = THUMBNAIL,
 ) -> Gallery:
     """Queries with the k nearest neighbours that every network finds for them, sorted by whether the first is right.
 
     networks: name -> neighbours of the same queries in the same gallery. compare: the names of the student without a
     teacher and the distilled one, whose first neighbours make the groups; None groups by the first network alone.
+    groups: headings for other networks than those, as ``COMPARED`` has them: fixed is wrong with the first of ``compare``
+    and right with the second, broken the reverse. side: px of the longer side of a large image's thumbnail.
     ``per_group`` queries are drawn at random from each group (``seed``), of different classes while there are any.
     Raises ``UserError`` where the networks do not fit each other or fewer than k neighbours were searched.
     """
@@ -118,13 +122,13 @@ def retrieval_gallery(
             "both_right": before & after,
             "both_wrong": ~before & ~after,
         }
-    painter = _Painter(networks, images, gallery_images or images, class_names, k)
-    groups = []
-    for key, heading, explanation in SINGLE if compare is None else COMPARED:
+    painter = _Painter(networks, images, gallery_images or images, class_names, k, side)
+    made = []
+    for key, heading, explanation in groups or (SINGLE if compare is None else COMPARED):
         chosen = _draw(np.flatnonzero(members[key]), labels, per_group, draw)
         rows = tuple(painter.row(query) for query in chosen)
-        groups.append(Group(key, heading, explanation, int(members[key].sum()), rows))
-    return Gallery(title, len(labels), k, tuple(groups), compare)
+        made.append(Group(key, heading, explanation, int(members[key].sum()), rows))
+    return Gallery(title, len(labels), k, tuple(made), compare)
 
 
 def _check(networks: Mapping[str, Neighbours], compare: tuple[str, str] | None, k: int) -> None:
@@ -167,15 +171,16 @@ class _Painter:
         gallery_images: ImageOf,
         class_names: Sequence[str],
         k: int,
+        side: int,
     ):
-        self.networks, self.class_names, self.k = networks, class_names, k
+        self.networks, self.class_names, self.k, self.side = networks, class_names, k, side
         self.query_images, self.gallery_images = query_images, gallery_images
 
     def row(self, query: int) -> QueryRow:
         found = tuple((name, self._tiles(name, neighbours, query)) for name, neighbours in self.networks.items())
         label = int(next(iter(self.networks.values())).query_labels[query])
         name = self.class_names[label]
-        return QueryRow(photograph(self.query_images(query), f"Query: class {name}"), name, found)
+        return QueryRow(photograph(self.query_images(query), f"Query: class {name}", self.side), name, found)
 
     def _tiles(self, network: str, found: Neighbours, query: int) -> tuple[Tile, ...]:
         tiles = []
@@ -186,5 +191,5 @@ class _Painter:
             right = label == int(found.query_labels[query])
             name = self.class_names[label]
             alt = f"{network}, neighbour {rank}: class {name}, {'right' if right else 'wrong'}"
-            tiles.append(Tile(photograph(self.gallery_images(row), alt), name, right))
+            tiles.append(Tile(photograph(self.gallery_images(row), alt, self.side), name, right))
         return tuple(tiles)

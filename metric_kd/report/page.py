@@ -52,12 +52,17 @@ def write_page(
 
 def render(template: str, **content: object) -> str:
     """A template of this package, filled; what is put in is escaped, and a name that is missing raises."""
-    from jinja2 import Environment, StrictUndefined
+    from jinja2 import Environment, FunctionLoader, StrictUndefined
 
-    environment = Environment(autoescape=True, undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True)
+    environment = Environment(
+        loader=FunctionLoader(_source), autoescape=True, undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True
+    )
     environment.filters.update(percent=words.percent, count=words.count, duration=words.duration, folded=words.folded)
-    source = resources.files("metric_kd.report").joinpath(template).read_text(encoding="utf-8")
-    return environment.from_string(source).render(**content)
+    return environment.get_template(template).render(**content)
+
+
+def _source(template: str) -> str:
+    return resources.files("metric_kd.report").joinpath(template).read_text(encoding="utf-8")
 
 
 def replace_page(path: Path, text: str) -> Path:

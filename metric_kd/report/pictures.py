@@ -36,8 +36,8 @@ def chart(figure: "Figure", alt: str, caption: str = "") -> Picture:
     return Picture(_uri("png", buffer.getvalue()), alt, caption)
 
 
-def photograph(image: np.ndarray, alt: str) -> Picture:
-    """An (H, W, 3) uint8 image: PNG where it is small, else a JPEG thumbnail."""
+def photograph(image: np.ndarray, alt: str, side: int = THUMBNAIL) -> Picture:
+    """An (H, W, 3) uint8 image: PNG where it is small, else a JPEG thumbnail whose longer side has ``side`` px."""
     from PIL import Image
 
     if image.dtype != np.uint8 or image.ndim != 3 or image.shape[2] != 3:
@@ -47,7 +47,7 @@ def photograph(image: np.ndarray, alt: str) -> Picture:
     if small:
         picture.save(buffer, "PNG", optimize=True)
     else:
-        picture.thumbnail((THUMBNAIL, THUMBNAIL))
+        picture.thumbnail((side, side))
         picture.save(buffer, "JPEG", quality=85)
     return Picture(_uri("png" if small else "jpeg", buffer.getvalue()), alt, pixelated=small)
 

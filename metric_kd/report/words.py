@@ -9,7 +9,7 @@ TIE = 0.0005
 
 
 class Sentence(NamedTuple):
-    """kind: "plain", "verdict" (what a hurried reader should take away) or "caution"."""
+    """kind: "plain", "verdict" (what a hurried reader should take away), "caution", or "heading" of those that follow."""
 
     text: str
     kind: str = "plain"
@@ -23,7 +23,7 @@ def summary(runs: list[RunSummary]) -> list[Sentence]:
     sentences = []
     student = students[0] if students else alone
     if teacher is not None and student is not None:
-        sentences.append(Sentence(_sizes(teacher, student)))
+        sentences.append(Sentence(sizes(teacher, student)))
     for distilled in students:
         name = f"“{distilled.title}”" if len(students) > 1 else "the distilled student"
         named = [(teacher, "the teacher"), (alone, "the student alone"), (distilled, name)]
@@ -77,7 +77,8 @@ def folded(command: str, width: int = 88) -> str:
     return " \\\n".join(lines)
 
 
-def _sizes(teacher: RunSummary, student: RunSummary) -> str:
+def sizes(teacher: RunSummary, student: RunSummary) -> str:
+    """How much smaller the student is, and its embedding."""
     ratio = teacher.parameters / max(student.parameters, 1)
     if ratio >= 1.5:
         share = f"1/{round(ratio)} of the teacher's parameters"
