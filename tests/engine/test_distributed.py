@@ -141,7 +141,8 @@ def batch(step):
 
 
 def built(case):
-    student, teacher = network(4, 8, 0), network(4, 12, 1)
+    # A student in the teacher's own space has its width.
+    student, teacher = network(4, 8, 0), network(4, 8 if case.startswith("csd") else 12, 1)
     torch.manual_seed(2)
     if case == "peers":
         losses = [parse_loss(spec) for spec in [*TOGETHER, "dml:1", "sp:1", "granularity:1"]]
