@@ -5,7 +5,7 @@ BIN := $(VENV)/bin
 READY := $(VENV)/.ready
 export OMP_WAIT_POLICY ?= passive
 
-.PHONY: demo test lint torture bench clean
+.PHONY: demo test lint torture bench docs clean
 
 demo: $(READY)
 	$(BIN)/python examples/demo.py
@@ -24,6 +24,11 @@ torture: $(READY)
 # Speed and memory against the plain formulas, into benchmarks/results.json and the README; OPTIONS as in "--only angle".
 bench: $(READY)
 	$(BIN)/python benchmarks/run.py $(OPTIONS)
+
+# The site, into build/site; open build/site/index.html.
+docs: $(READY)
+	$(BIN)/python -m pip install --disable-pip-version-check --editable '.[docs]'
+	NO_MKDOCS_2_WARNING=1 $(BIN)/python -m mkdocs build --strict
 
 # An environment that was built from the same setup.cfg is used again; a half-built one never carries the stamp.
 $(READY): setup.cfg pyproject.toml

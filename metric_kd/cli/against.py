@@ -6,14 +6,16 @@ directory.
 
 import json
 from collections.abc import Sequence
+from pathlib import Path
 from typing import Any
 
 from metric_kd.cli.goals import network_spec
+from metric_kd.cli.pack import pack_for
 from metric_kd.cli.parse import Parsed
 from metric_kd.cli.session import Session, build, checked
-from metric_kd.cli.stored import run_of
+from metric_kd.cli.stored import find_network, run_of
 from metric_kd.data.loading import ImageLoader
-from metric_kd.data.records import ImageRecords
+from metric_kd.data.records import ImageRecords, Splits
 from metric_kd.data.transforms import Geometry
 from metric_kd.deploy.bridge import KINDS, Bridge, bridge_from, fit_bridge
 from metric_kd.engine.checkpoint import find_checkpoint, read_checkpoint, restore_network, write_text
@@ -38,17 +40,18 @@ def matrix_of(parsed: Parsed, against: str, bridge: str) -> Matrix:
     load = parsed.config.load
     if load is None:
         raise UserError("--against compares a student with its teacher; name the student, as in metric-kd eval RUN.")
-    find_checkpoint(against, "teacher")
+    find_network(against)
+    parsed = checked(parsed)  # a run says itself what it was trained for
     if parsed.config.task == "classification":
-        raise UserError("--against compares embeddings, and these are classifiers; leave --task classification out.")
-    session = build(checked(parsed))
+        raise UserError(f"--against compares embeddings, and {load} is a classifier; name a run of embeddings.")
+    session = build(parsed)
     try:
         teacher = restore_network(against, network_spec(session.config, "", Pixels(), {}), {}, "teacher")
         teacher = teacher.to(session.device).eval().requires_grad_(False)
         assert isinstance(session.student, Network)
         ours = embedded(session, session.student, session.test.records)
         theirs = embedded(session, teacher, session.test.records)
-        used, how = _bridge(session, load, teacher, bridge)
+        used, how = _bridge(session, load, teacher, against, bridge)
         records, config = session.test.records, session.config
         metrics = config.metrics or ["map@r"]
         found = compatibility(
@@ -98,20 +101,32 @@ def fitted(session: Session, student: Network, teacher: Network, kind: str) -> B
     return fit_bridge(ours.vectors, theirs.vectors, kind)
 
 
-def _bridge(session: Session, load: str, teacher: Network, kind: str) -> tuple[Bridge | None, str]:
+def _bridge(session: Session, load: str, teacher: Network, against: str, kind: str) -> tuple[Bridge | None, str]:
     assert isinstance(session.student, Network)
     stored = read_checkpoint(load).get("bridge")
     if kind == "none":
         return None, "none"
     if kind == "auto":
-        if stored is not None:
+        if stored is not None and len(stored["shift"]) == _width(teacher):  # else it leads to another teacher
             bridge = bridge_from(stored)
-            return bridge, f"{bridge.kind}, stored with the student"
+            return bridge, f"{bridge.kind}, stored with the student{_fitted_to_another(load, against)}"
         if _width(session.student) == _width(teacher):
             return None, "none"
         kind = "ridge"
     bridge = fitted(session, session.student, teacher, kind)
     return bridge, f"{kind}, fitted on {len(session.training or ())} training images"
+
+
+def _fitted_to_another(load: str, against: str) -> str:
+    """Which teacher a stored bridge leads to, where that is not the one that is asked about."""
+    taught = (run_of(load).stored_config() or {}).get("teacher_load")
+    if (
+        taught is None
+        or Path(taught).exists()
+        and find_checkpoint(taught).resolve() == find_checkpoint(against).resolve()
+    ):
+        return ""
+    return f" for {taught} (--bridge ridge fits one to {against})"
 
 
 def _width(network: Network) -> int:
@@ -126,7 +141,8 @@ def embedded(session: Session, network: Network, records: ImageRecords) -> Embed
         assert network.spec.input_size is not None
         geometry = Geometry(input_size=network.spec.input_size, flip=False)
         skip: dict[str, Any] = {"skip_unreadable": config.skip_unreadable, "workers": config.workers}
-        loader = ImageLoader(records, geometry, seed=config.seed, **skip)
+        pack = pack_for(config, Splits(records, records), [])
+        loader = ImageLoader(records, geometry, seed=config.seed, pack=pack, **skip)
     try:
         batches, total = loader.test(config.batch), -(-len(loader.records) // config.batch)
         options: dict[str, Any] = {"device": session.device, "precision": config.precision}

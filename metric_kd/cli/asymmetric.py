@@ -55,18 +55,24 @@ def is_asymmetric(config: RunConfig) -> bool:
     return isinstance(config, DistillConfig) and config.eval == "asymmetric"
 
 
+def check_width(config: RunConfig, student: Network, theirs: int) -> None:
+    """Refuse a student of another width than the gallery's."""
+    ours = student.embedding_size
+    if is_asymmetric(config) and theirs != ours:
+        raise UserError(
+            f"--eval asymmetric: the student's embeddings have {ours} numbers and the teacher's {theirs}; give "
+            f"--embedding_size {theirs}, or measure afterwards through a bridge (--bridge ridge, then "
+            "metric-kd eval RUN --against TEACHER)."
+        )
+
+
 def check_asymmetric(config: RunConfig, student: Network, targets: Iterable[Tensor], notes: list[str]) -> None:
-    """Refuse a student of another width than the gallery's, and note losses that leave it in a space of its own."""
+    """Refuse targets of another width, and note losses that leave the student in a space of its own."""
     if not is_asymmetric(config):
         return
-    ours = student.spec.embedding_size or student.pooled_size
     for vectors in targets:
-        if len(vectors) and vectors.shape[1] != ours:
-            raise UserError(
-                f"--eval asymmetric: the student's embeddings have {ours} numbers and the teacher's {vectors.shape[1]}; give "
-                f"--embedding_size {vectors.shape[1]}, or measure afterwards through a bridge (--bridge ridge, then "
-                "metric-kd eval RUN --against TEACHER)."
-            )
+        if len(vectors):
+            check_width(config, student, vectors.shape[1])
     terms = dict(Objective(losses_of(config)).items())
     if not any(term.anchors for term in terms.values()):
         notes.append(

@@ -7,15 +7,26 @@ from collections.abc import Sequence
 
 from metric_kd import distributed
 from metric_kd.cli import also_eval
-from metric_kd.cli.against import matrix_of, split_off
+from metric_kd.cli.against import BRIDGES, matrix_of, split_off
 from metric_kd.cli.nested import nested_keys, prefix_table
 from metric_kd.cli.parse import Parsed, parse, run_as_flag
 from metric_kd.cli.session import build, checked
 from metric_kd.cli.stored import run_of
 from metric_kd.errors import UserError
 
+OWN = f"""flags of metric-kd eval alone:
+  --against TEACHER     which of the two finds what in whose gallery, and whether the student can query the teacher's
+  --bridge BRIDGE       with --against: {", ".join(BRIDGES)}; auto: the one that is kept with the student, or where there is
+                        none and the widths differ a ridge, fitted on the training images (default: auto)
+
+flags of run.py:
+"""
+"""What --help says before the flags of a run."""
+
 
 def main(arguments: Sequence[str], program: str | None = None) -> int:
+    if program is not None and {"-h", "--help"} & set(arguments):
+        print(OWN)
     own, words = split_off(arguments, ("against", "bridge"))
     parsed = parse("train", ["--mode", "eval", *run_as_flag(words)], program or "metric-kd eval")
     if "against" in own:

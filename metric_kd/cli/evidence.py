@@ -15,7 +15,7 @@ from metric_kd.cli.embedding import embeddings_of_test
 from metric_kd.cli.goals import network_spec
 from metric_kd.cli.parse import parse, read_words
 from metric_kd.cli.session import Session, build, checked
-from metric_kd.cli.stored import run_of
+from metric_kd.cli.stored import find_network, run_of
 from metric_kd.engine.checkpoint import find_checkpoint, restore_network, write_text
 from metric_kd.engine.run_directory import RESUMABLE_KEYS
 from metric_kd.errors import UserError
@@ -40,7 +40,7 @@ def main(arguments: Sequence[str], program: str | None = None) -> int:
     against = options.against or configs[0].get("teacher_load")
     if against is None:
         raise UserError(f"{runs[0]} was trained without a teacher; name a network, as in --against RUN_OR_FILE.")
-    find_checkpoint(against, "teacher")
+    find_network(against)
     reports = _reports(options, runs, configs, against, program)
     notes = _unlike(runs, configs)
     together = {"runs": runs, "notes": notes, **merge(reports)} if len(runs) > 1 else None

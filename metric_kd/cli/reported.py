@@ -9,6 +9,7 @@ from typing import Any
 
 import yaml
 
+from metric_kd.cli.asymmetric import PREFIX
 from metric_kd.cli.config import COMMANDS
 from metric_kd.cli.stored import run_of
 from metric_kd.engine.checkpoint import find_checkpoint
@@ -126,6 +127,8 @@ def further_metrics(found: Finished) -> str:
 
 
 def _title(key: str) -> str:
+    if key.startswith(f"{PREFIX}recall@"):
+        return f"Recall@{key.partition('@')[2]} in the teacher's gallery"
     try:
         return titles([key])[key]
     except UserError:

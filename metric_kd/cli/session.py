@@ -8,7 +8,7 @@ from torch import nn
 
 from metric_kd import distributed
 from metric_kd.cli.also_eval import loaders_of
-from metric_kd.cli.asymmetric import Asymmetric, check_asymmetric, is_asymmetric
+from metric_kd.cli.asymmetric import Asymmetric, check_asymmetric, check_width, is_asymmetric
 from metric_kd.cli.config import (
     DistillConfig,
     GranularityConfig,
@@ -179,6 +179,8 @@ def build(parsed: Parsed) -> Session:
         teacher.to(device).eval().requires_grad_(False)
     held = {name: loader for name, loader in (("test", test), ("validation", validation)) if loader is not None}
     held = held if is_unlabelled(config) or is_asymmetric(config) else {}
+    if isinstance(teacher, Network):  # else it is known when the file of its answers is read
+        check_width(config, measured, teacher.embedding_size)
     taught = with_stored(config, teacher, train, held, device, notes)
     targets = targets_of(config, taught, held, device)
     check_asymmetric(config, measured, targets.values(), notes)

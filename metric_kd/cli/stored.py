@@ -14,7 +14,7 @@ from metric_kd.cli.config import (
     fit_head_of,
     is_evaluation,
 )
-from metric_kd.engine.checkpoint import read_checkpoint
+from metric_kd.engine.checkpoint import find_checkpoint, read_checkpoint
 from metric_kd.engine.run_directory import RunDirectory
 from metric_kd.errors import UserError
 from metric_kd.models.network import NetworkSpec
@@ -24,6 +24,14 @@ def run_of(path: str) -> RunDirectory:
     """The run to which a directory or a checkpoint in it, or in its record of weights, belongs."""
     folder = Path(path) if Path(path).is_dir() else Path(path).parent
     return RunDirectory(folder.parent if folder.name == "weights" and not (folder / "config.yaml").exists() else folder)
+
+
+def find_network(path: str) -> Path:
+    """The checkpoint of a teacher. Raises ``UserError`` for a file of embeddings, which cannot be shown other images."""
+    file = find_checkpoint(path, "teacher")
+    if file.suffix == ".npy":
+        raise UserError(f"the teacher {path} is a file of embeddings; name a network, as in --against RUN_OR_FILE.")
+    return file
 
 
 def with_checkpoints(config: RunConfig, given: frozenset[str]) -> RunConfig:

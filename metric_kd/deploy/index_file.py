@@ -159,7 +159,9 @@ def read_index(path: "str | Path") -> IndexFile:
         raise UserError(f"cannot read the index {path} ({error.strerror}); permit it.") from error
     except Exception as error:  # a damaged file raises what its bytes lead to: BadZipFile, KeyError, RuntimeError, ...
         reason = (str(error).strip().split("\n")[0] or type(error).__name__).rstrip(".")
-        raise NoIndex(f"{path} is no index, or was damaged ({reason}); remove it or give another file.") from error
+        raise NoIndex(
+            f"{path} is no index, or was damaged ({reason}); give another file, or move this one away."
+        ) from error
 
 
 def _content(archive: zipfile.ZipFile, manifest: dict[str, Any]) -> IndexFile:

@@ -1,6 +1,8 @@
 """--eval asymmetric, --bridge, and metric-kd eval --against."""
 
 import json
+import os
+import shutil
 
 import pytest
 import torch
@@ -10,7 +12,11 @@ from metric_kd.cli.asymmetric import refusals
 from metric_kd.cli.distill import main as distill
 from metric_kd.cli.embed import main as embed
 from metric_kd.cli.evaluate import main as evaluate
+from metric_kd.cli.evidence import main as evidence
+from metric_kd.cli.pack import main as pack
 from metric_kd.cli.parse import parse
+from metric_kd.cli.reported import finished, further_metrics
+from metric_kd.cli.train import main as train
 from metric_kd.deploy.bridge import bridge_from
 from metric_kd.engine.checkpoint import read_checkpoint
 from metric_kd.errors import UserError
@@ -131,6 +137,66 @@ def test_wrong_words_of_eval(student_run, teacher_run):
     ):
         with pytest.raises(UserError, match=sentence):
             evaluate([str(student_run), *words])
+
+
+def test_a_stored_bridge_leads_to_its_own_teacher_alone(student_run, image_folder, tmp_path, capsys):
+    """Another teacher of that width is named; one of another width takes a bridge of its own."""
+    flags = [*TINY, "--data", str(image_folder), "--epochs", "1", "--base", "resnet8:stem_stride=2"]
+    for width, words in ((16, "stored with the student for "), (24, "bridge: ridge, fitted on")):
+        other = tmp_path / str(width)
+        train([*flags, "--embedding_size", str(width), "--save_dir", str(other)])
+        capsys.readouterr()
+        evaluate([str(student_run), "--against", str(other)])
+        assert words in capsys.readouterr().out
+
+
+def test_classifiers_have_no_matrix(image_folder, teacher_run, tmp_path):
+    """A run says itself that it classifies; nobody has to give --task."""
+    flags = [*TINY, "--task", "classification", "--data", str(image_folder), "--epochs", "1", "--embedding_size", "0"]
+    train([*flags, "--save_dir", str(tmp_path / "c")])
+    with pytest.raises(UserError, match="is a classifier; name a run of embeddings"):
+        evaluate([str(tmp_path / "c"), "--against", str(teacher_run)])
+
+
+def test_the_matrix_reads_a_pack_alone(image_folder, tmp_path):
+    """Teacher of the same size, bridge fitted on training images: nothing needs the files once they are packed."""
+    photos = shutil.copytree(image_folder, tmp_path / "photos")
+    pack_file = tmp_path / "images.h5"
+    pack(["--dataset", "folder", "--data", str(photos), "--input_size", "32", "--out", str(pack_file)])
+    runs = [tmp_path / name for name in "ab"]
+    for seed, run_dir in enumerate(runs):
+        train([*TINY, "--data", str(photos), "--epochs", "1", "--seed", str(seed), "--save_dir", str(run_dir)])
+    for path in photos.rglob("*.png"):
+        when = path.stat().st_mtime_ns
+        path.write_bytes(bytes(path.stat().st_size))  # no image, and as old and as long as it was
+        os.utime(path, ns=(when, when))
+    evaluate([str(runs[0]), "--against", str(runs[1]), "--bridge", "ridge", "--pack", str(pack_file)])
+    assert "ridge, fitted on" in (runs[0] / "compatibility.json").read_text()
+
+
+def test_another_width_is_refused_before_the_teacher_is_asked(image_folder, teacher_run, tmp_path, monkeypatch):
+    monkeypatch.setattr("metric_kd.cli.session.targets_of", lambda *_: pytest.fail("the teacher was asked"))
+    with pytest.raises(UserError, match="have 8 numbers and the teacher's 16"):
+        run(image_folder, teacher_run, tmp_path / "run", "--dist_ratio", 1, "--eval", "asymmetric")
+
+
+def test_a_file_of_embeddings_is_no_network_to_compare_with(student_run, tmp_path):
+    (tmp_path / "teacher.npy").write_bytes(b"")
+    words = [str(student_run), "--against", str(tmp_path / "teacher.npy")]
+    for command in (evaluate, evidence):
+        with pytest.raises(UserError, match="is a file of embeddings; name a network"):
+            command(words)
+
+
+def test_help_names_the_flags_of_the_matrix(capsys):
+    with pytest.raises(SystemExit):
+        evaluate(["--help"], "metric-kd eval")
+    printed = capsys.readouterr().out
+    assert "--against TEACHER" in printed and "--bridge BRIDGE" in printed and "--dataset" in printed
+
+
+def test_a_report_says_in_words_what_was_measured_across(student_run):
+    assert "Recall@1 in the teacher's gallery " in further_metrics(finished(str(student_run)))
 
 
 def test_the_preset_is_the_recipe_of_its_losses():
