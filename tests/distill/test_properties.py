@@ -137,6 +137,7 @@ def test_autocast_does_not_reach_in(name, seed, scale, half):
 NOT_ZERO = {
     "ab": "a margin is asked for beyond the teacher's side of zero",
     "crd": "a likelihood among memories",
+    "csd": "the student's temperature is another than the teacher's",
     "dark_rank": "a likelihood of one order",
     "vid": "a likelihood, with a variance",
 }
