@@ -34,7 +34,8 @@ READ_LOGITS = {"bss", "dml", "irg", "logits", "lwm", "sobolev", "st"}
 REFUSED = {
     "wider": {"csd", "imitate"},  # features of other lengths
     "coarser": {"csd", "imitate", "nst"},  # one position: nothing to compare
-    "foreign": {"ab", "csd", "imitate", "ofd", "lwm", "sobolev"},  # no pre-activations; hardsigmoid has no second derivative
+    # No pre-activations; hardsigmoid has no second derivative.
+    "foreign": {"ab", "csd", "imitate", "ofd", "lwm", "sobolev"},
 }
 EQUAL = {"imitate": "imitate:1,layer=logits"}
 """How a method is written that every pair of classifiers can serve."""
