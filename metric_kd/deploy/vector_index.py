@@ -144,7 +144,10 @@ class Approximate(VectorIndex):
             parameters = faiss.SearchParametersHNSW(efSearch=max(effort, wanted))
         else:
             parameters = faiss.SearchParametersIVF(nprobe=min(effort, self.factory.lists))
-        squares, ids = self.index.search(np.ascontiguousarray(queries), wanted, params=parameters)
+        # faiss.contrib.torch_utils, which other libraries import, replaces search by one that takes no parameters, and keeps
+        # the one of NumPy arrays under this name.
+        search = getattr(self.index, "search_numpy", self.index.search)
+        squares, ids = search(np.ascontiguousarray(queries), wanted, params=parameters)
         rows = np.where(ids < 0, -1, np.searchsorted(self.ids, ids))
         if self.kept is not None:
             return self._reranked(queries, rows, k)

@@ -6,6 +6,8 @@ import os
 import random
 import shutil
 import signal
+import subprocess
+import sys
 import threading
 import time
 import zipfile
@@ -592,3 +594,19 @@ def test_kept_vectors_order_what_codes_find(few_for_pq, tmp_path):
     assert isinstance(kept, Approximate) and kept.kept.dtype == np.float16 and plain.vectors() is None
     assert measure(plain).recall1 is None
     assert measure(kept).recall1 > measure(plain, vectors=few_for_pq).recall1
+
+
+def test_beside_libraries_that_teach_faiss_tensors():
+    """They replace methods of its indexes in the whole process; so in a process of its own."""
+    code = (
+        "import numpy as np\n"
+        "import faiss.contrib.torch_utils\n"
+        "from metric_kd.deploy.factory import parse_factory\n"
+        "from metric_kd.deploy.vector_index import build\n"
+        "vectors = np.random.default_rng(0).standard_normal((200, 8)).astype(np.float32)\n"
+        "for factory in ('Flat', 'IVF4,Flat', 'HNSW8'):\n"
+        "    rows, _ = build(parse_factory(factory), vectors).search(vectors[:5], 1, 300)\n"
+        "    assert rows[:, 0].tolist() == [0, 1, 2, 3, 4], rows\n"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
