@@ -1,19 +1,18 @@
 """What one process needs to know about the others; with a single process everything here is a no-op."""
 
 import os
-import random
 import re
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from datetime import timedelta
 from typing import Any
 
-import numpy as np
 import torch
 import torch.distributed as dist
 from torch import Tensor
 
 from metric_kd.errors import UserError
+from metric_kd.generators import restore, seed_all, states_of
 
 PATIENCE = "METRIC_KD_TIMEOUT"
 """Environment variable: minutes for which a process waits for the others."""
@@ -218,30 +217,14 @@ def common_draws(device: torch.device) -> Iterator[None]:
     if world_size() == 1:
         yield
         return
-    own = _random_states(device)
+    own = states_of(device)
     if _Common.states is not None:
-        _set_random_states(_Common.states, device)
+        restore(_Common.states, device)
     else:
         seed = from_main(int(torch.randint(2**62, ()))) if _Common.seed is None else _Common.seed
-        torch.manual_seed(seed)
-        random.seed(seed)
-        np.random.seed(seed % 2**32)
+        seed_all(seed)
     try:
         yield
-        _Common.states = _random_states(device)
+        _Common.states = states_of(device)
     finally:
-        _set_random_states(own, device)
-
-
-def _random_states(device: torch.device) -> tuple[Any, ...]:
-    on_device = torch.cuda.get_rng_state(device) if device.type == "cuda" else None
-    return torch.get_rng_state(), on_device, np.random.get_state(), random.getstate()
-
-
-def _set_random_states(states: tuple[Any, ...], device: torch.device) -> None:
-    on_cpu, on_device, numpy, python = states
-    torch.set_rng_state(on_cpu)
-    if on_device is not None:
-        torch.cuda.set_rng_state(on_device, device)
-    np.random.set_state(numpy)
-    random.setstate(python)
+        restore(own, device)

@@ -6,13 +6,26 @@ import sys
 from pathlib import Path
 
 PACKAGE = Path(__file__).resolve().parent.parent / "metric_kd"
-GROUND = {"errors", "types", "registry", "distances", "distributed", "devices", "modes", "kernels"}
+GROUND = {
+    "errors",
+    "types",
+    "registry",
+    "distances",
+    "distributed",
+    "devices",
+    "modes",
+    "kernels",
+    "generators",
+    "locks",
+}
 MAY_IMPORT = {
     "errors": set(),
     "types": set(),
     "registry": {"errors"},
     "distances": {"errors", "types"},
-    "distributed": {"errors"},
+    "distributed": {"errors", "generators"},
+    "generators": set(),
+    "locks": {"errors"},
     "devices": {"errors", "distributed"},
     "modes": set(),
     "kernels": {"errors", "distances"},

@@ -3,8 +3,7 @@
 import contextlib
 import errno
 import os
-import sys
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -15,6 +14,7 @@ from metric_kd.data.pack import Located, Pack, StalePack
 from metric_kd.data.pack_part import Part, Source, remove_part
 from metric_kd.data.records import ImageRecords
 from metric_kd.errors import UserError
+from metric_kd.locks import alone
 
 NO_PLACE = (errno.EACCES, errno.EPERM, errno.EROFS, errno.EEXIST, errno.ENOENT, errno.ENOTDIR, errno.ENOLCK)
 """Errors of a place where no pack can be made, for want of permission, of a folder or of locks."""
@@ -118,33 +118,6 @@ def _fresh(file: Path, source: Source, side: int, quality: int | None) -> Pack |
         return pack
     except StalePack:  # these libraries read the files otherwise
         return None
-
-
-@contextlib.contextmanager
-def alone(file: Path) -> Iterator[None]:
-    """One process at a time makes a pack; others wait, and then find it. The lock dies with its process."""
-    try:
-        import fcntl
-    except ImportError:  # not on Windows, where runs have one process
-        yield
-        return
-    lock = file.with_name(f".{file.name}.lock")
-    while True:
-        handle = os.open(lock, os.O_CREAT | os.O_RDWR, 0o644)
-        try:
-            fcntl.lockf(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except OSError:
-            print(f"another process is making {file}; waiting for it", file=sys.stderr)
-            fcntl.lockf(handle, fcntl.LOCK_EX)
-        with contextlib.suppress(OSError):
-            if os.stat(lock).st_ino == os.fstat(handle).st_ino:
-                break
-        os.close(handle)  # whoever held it has removed it: once more
-    try:
-        yield
-    finally:
-        lock.unlink(missing_ok=True)
-        os.close(handle)
 
 
 @dataclass(frozen=True)

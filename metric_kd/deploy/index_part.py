@@ -1,9 +1,7 @@
 """An index in the making: FILE.part, which holds the embeddings that a killed command has computed."""
 
-import contextlib
 import json
 import os
-from collections.abc import Iterator
 from pathlib import Path
 
 import numpy as np
@@ -162,27 +160,3 @@ def _pwrite(handle: int, data: bytes, offset: int) -> None:
     while view:
         count = os.pwrite(handle, view, offset)
         view, offset = view[count:], offset + count
-
-
-@contextlib.contextmanager
-def alone(file: Path) -> Iterator[None]:
-    """One process at a time makes an index; another one is refused. The lock dies with its process."""
-    try:
-        import fcntl
-    except ImportError:  # not on Windows
-        yield
-        return
-    lock = file.with_name(f".{file.name}.lock")
-    handle = os.open(lock, os.O_CREAT | os.O_RDWR, 0o644)
-    try:
-        fcntl.lockf(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        if not lock.exists() or os.stat(lock).st_ino != os.fstat(handle).st_ino:  # whoever held it has just removed it
-            raise OSError
-    except OSError as error:
-        os.close(handle)
-        raise UserError(f"another process is writing {file}; wait for it, or give another --out.") from error
-    try:
-        yield
-    finally:
-        lock.unlink(missing_ok=True)
-        os.close(handle)

@@ -12,10 +12,11 @@ from metric_kd.data.decode import check_header, unreadable
 from metric_kd.deploy.embedder import images_in
 from metric_kd.deploy.factory import EXACT_CODES_UP_TO, Factory, check_factory, choose_factory, parse_factory
 from metric_kd.deploy.index_file import About, Files, IndexFile, read_index, temporary, write_index
-from metric_kd.deploy.index_part import Part, alone, remove_part
+from metric_kd.deploy.index_part import Part, remove_part
 from metric_kd.deploy.model import Model
 from metric_kd.deploy.vector_index import VectorIndex, build, check_faiss
 from metric_kd.errors import UserError
+from metric_kd.locks import alone
 
 GROWN = 2
 """Times the vectors that the lists of factory auto were trained on: from there on they are trained again."""
@@ -66,7 +67,7 @@ def make_index(
     check_file(file)
     about = _about(model, root, precision, factory, keep_vectors)
     try:
-        with alone(file):
+        with alone(file, f"another process is writing {file}; wait for it, or give another --out."):
             temporary(file).unlink(missing_ok=True)
             old = read_index(file) if file.exists() else None
             if old is not None:

@@ -6,10 +6,10 @@ from pathlib import Path
 from typing import Any, NamedTuple, Protocol
 
 import numpy as np
-import torch
 
 from metric_kd.deploy.embedder import load
-from metric_kd.engine.checkpoint import find_checkpoint, read_checkpoint
+from metric_kd.engine.checkpoint import find_checkpoint
+from metric_kd.engine.reproducibility import weights_digest
 from metric_kd.errors import UserError
 
 
@@ -51,15 +51,7 @@ def open_model(path: "str | Path", device: str = "cpu", precision: str = "fp32")
     embedder = load(path, device, precision)
     spec = embedder.network.spec
     what = f"{spec.base}, {embedder.network.embedding_size} dimensions, {spec.input_size} px"
-    digest = _digest(read_checkpoint(path))
+    described = json.dumps(spec.to_dict(), sort_keys=True) + weights_digest(embedder.network)
+    digest = hashlib.sha256(described.encode()).hexdigest()
     where = str(find_checkpoint(path).resolve() if path.is_file() else path.resolve())
     return Model(embedder, where, digest, embedder.network.embedding_size, what, spec.l2normalize)
-
-
-def _digest(content: dict[str, Any]) -> str:
-    """Of what decides an embedding: a checkpoint that is only written again keeps it."""
-    digest = hashlib.sha256(json.dumps(content["network"], sort_keys=True).encode())
-    for name, weight in sorted(content["model"].items()):
-        digest.update(f"{name} {weight.dtype} {tuple(weight.shape)}".encode())
-        digest.update(weight.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy().tobytes())
-    return digest.hexdigest()

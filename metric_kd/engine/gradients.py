@@ -7,11 +7,12 @@ from typing import Any
 import torch
 
 from metric_kd.distributed import average
+from metric_kd.engine.logging import RunningMeans
 from metric_kd.engine.tasks import Solo, Task
 from metric_kd.errors import UserError
 
 
-class GradientShares:
+class GradientShares(RunningMeans):
     """Means over the measured steps of norm_k / sum_j norm_j (:func:`metric_kd.losses.gradients.gradient_norms`).
 
     Every ``every``-th step is measured, 0: none; the gradients of the step are those of one that is not. Of several batches
@@ -23,9 +24,8 @@ class GradientShares:
         if every and not isinstance(task, Solo):
             raise UserError("--log_gradients measures the losses of one student; leave it out.")
         self.objective = task.objective if isinstance(task, Solo) else None
+        super().__init__(len(task.loss_names), device)
         self.every = every
-        self.sums = torch.zeros(len(task.loss_names), dtype=torch.float64, device=device)
-        self.count = 0
 
     @contextmanager
     def measuring(self, step: int) -> Iterator[None]:
@@ -53,15 +53,3 @@ class GradientShares:
         """What metrics.jsonl has of it: {"gradient_shares": {loss: share}} of the losses that act, or nothing."""
         means = self.means()
         return {"gradient_shares": {name: means[name] for name in acting}} if means else {}
-
-    def reset(self) -> None:
-        self.sums.zero_()
-        self.count = 0
-
-    def state(self) -> dict[str, Any]:
-        """What the checkpoint keeps; all processes call it together."""
-        return {"sums": average(self.sums).cpu(), "count": self.count}
-
-    def restore(self, state: dict[str, Any]) -> None:
-        self.sums.copy_(state["sums"])
-        self.count = state["count"]

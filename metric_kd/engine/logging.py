@@ -35,7 +35,30 @@ class Observer:
         """The inverse of :meth:`state`, once the weights are those of the checkpoint."""
 
 
-class RunningLosses:
+class RunningMeans:
+    """Sums over the steps of an epoch, on the device, in float64, and how many there are; as checkpoints keep them.
+
+    :meth:`state` is that of all processes, which call it together.
+    """
+
+    def __init__(self, size: int, device: torch.device):
+        self.sums = torch.zeros(size, dtype=torch.float64, device=device)
+        self.count = 0
+
+    def reset(self) -> None:
+        self.sums.zero_()
+        self.count = 0
+
+    def state(self) -> dict[str, Any]:
+        return {"sums": average(self.sums).cpu(), "count": self.count}
+
+    def restore(self, state: dict[str, Any]) -> None:
+        """The inverse of :meth:`state`."""
+        self.sums.copy_(state["sums"])
+        self.count = state["count"]
+
+
+class RunningLosses(RunningMeans):
     """Sums of the losses of an epoch and the first step at which each was not finite.
 
     Everything stays on the device until :meth:`means` or :meth:`check`, so that a step never waits for the device.
@@ -43,9 +66,8 @@ class RunningLosses:
     """
 
     def __init__(self, names: list[str], device: torch.device):
+        super().__init__(len(names) + 1, device)
         self.names = [*names, "the sum of losses"]
-        self.sums = torch.zeros(len(self.names), dtype=torch.float64, device=device)
-        self.count = 0
         self.first_bad = torch.full((len(self.names),), -1, dtype=torch.int64, device=device)
 
     def add(self, total: Tensor, values: dict[str, Tensor], step: int) -> None:
@@ -65,17 +87,6 @@ class RunningLosses:
     def means(self) -> dict[str, float]:
         values = (average(self.sums) / max(self.count, 1)).tolist()
         return dict(zip([*self.names[:-1], "loss"], values, strict=True))
-
-    def reset(self) -> None:
-        self.sums.zero_()
-        self.count = 0
-
-    def state(self) -> dict[str, Any]:
-        return {"sums": average(self.sums).cpu(), "count": self.count}
-
-    def restore(self, state: dict[str, Any]) -> None:
-        self.sums.copy_(state["sums"])
-        self.count = state["count"]
 
 
 def not_finite(what: str, step: int, last: Path) -> str:

@@ -12,9 +12,9 @@ from torch import Tensor, nn
 from metric_kd.distributed import average, world_size
 from metric_kd.engine.accumulation import Scale
 from metric_kd.engine.gathering import detached
-from metric_kd.engine.reproducibility import restore_step_states, step_states
 from metric_kd.engine.tasks import Solo, Task
 from metric_kd.errors import UserError
+from metric_kd.generators import restore, states_of
 from metric_kd.losses.objective import Objective
 from metric_kd.losses.term import PairTerm
 from metric_kd.types import Batch, Output
@@ -54,13 +54,13 @@ class Replay:
         total, values = task.compare(student, teacher, batch)
         scale(total).backward()
         if student is not None:
-            after = step_states(device)
+            after = states_of(device)
             gradients = _shares([leaf.grad for leaf in leaves], outputs)
             del student, leaves, teacher, outputs
             for part, state, grads in zip(parts, states, gradients, strict=True):
-                restore_step_states(state, device)
+                restore(state, device)
                 _send_back(task.student_output(part), grads)
-            restore_step_states(after, device)
+            restore(after, device)
         average_gradients(task.parameters())
         return total.detach(), values
 
@@ -70,7 +70,7 @@ class Replay:
         kept = [(buffer, buffer.clone()) for buffer in task.student.buffers()]
         states, outputs = [], []
         for part in parts:
-            states.append(step_states(part.labels.device))
+            states.append(states_of(part.labels.device))
             # Compiled code differs with and without a graph, and its random numbers may: there the graph is made, and dropped.
             with torch.set_grad_enabled(bool(task.compiled)):
                 output = task.student_output(part)

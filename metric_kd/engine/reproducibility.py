@@ -11,6 +11,7 @@ from torch import nn
 
 from metric_kd import kernels
 from metric_kd.distributed import seed_common, world_size
+from metric_kd.generators import seed_all
 
 
 def seed_step(seed: int, step: int, rank: int, part: int = 0) -> None:
@@ -22,30 +23,12 @@ def seed_step(seed: int, step: int, rank: int, part: int = 0) -> None:
     """
     later = (part,) if part else ()
     value = _seed_of(seed, step, rank, *later)
-    torch.manual_seed(value)
-    random.seed(value)
-    np.random.seed(value % 2**32)
+    seed_all(value)
     seed_common(_seed_of(seed, step, 0, *later))
 
 
 def _seed_of(*numbers: int) -> int:
     return int(np.random.SeedSequence(numbers).generate_state(1, np.uint64)[0] >> np.uint64(1))
-
-
-def step_states(device: torch.device) -> tuple[Any, ...]:
-    """Where the generators stand that a step on a device draws from."""
-    on_device = torch.cuda.get_rng_state(device) if device.type == "cuda" else None
-    return torch.get_rng_state(), on_device, np.random.get_state(), random.getstate()
-
-
-def restore_step_states(states: tuple[Any, ...], device: torch.device) -> None:
-    """The inverse of :func:`step_states`."""
-    on_cpu, on_device, numpy, python = states
-    torch.set_rng_state(on_cpu)
-    if on_device is not None:
-        torch.cuda.set_rng_state(on_device, device)
-    np.random.set_state(numpy)
-    random.setstate(python)
 
 
 def random_states() -> dict[str, Any]:

@@ -24,12 +24,12 @@ from tqdm import tqdm
 from metric_kd import distributed
 from metric_kd.data import decode
 from metric_kd.data.loading import ImageLoader
-from metric_kd.data.packing import alone
 from metric_kd.devices import autocast
 from metric_kd.engine.cache_file import FORMAT, Part, read_cache
 from metric_kd.engine.reproducibility import environment, weights_digest
 from metric_kd.engine.stored_teacher import StoredTeacher
 from metric_kd.errors import UserError
+from metric_kd.locks import alone
 from metric_kd.models.network import Network
 from metric_kd.types import Batch
 
