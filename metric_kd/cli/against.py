@@ -7,21 +7,16 @@ directory.
 import json
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
 
+from metric_kd.cli.embedding import embedded
 from metric_kd.cli.goals import network_spec
-from metric_kd.cli.pack import pack_for
 from metric_kd.cli.parse import Parsed
 from metric_kd.cli.session import Session, build, checked
 from metric_kd.cli.stored import find_network, run_of
-from metric_kd.data.loading import ImageLoader
-from metric_kd.data.records import ImageRecords, Splits
-from metric_kd.data.transforms import Geometry
 from metric_kd.deploy.bridge import KINDS, Bridge, bridge_from, fit_bridge
 from metric_kd.engine.checkpoint import find_checkpoint, read_checkpoint, restore_network, write_text
 from metric_kd.errors import UserError, one_of
 from metric_kd.evaluation.compatibility import PAIRS, Matrix, compatibility, verdict
-from metric_kd.evaluation.embed import Embeddings, embed
 from metric_kd.evaluation.metrics import titles
 from metric_kd.models.backbone import Pixels
 from metric_kd.models.network import Network
@@ -107,10 +102,10 @@ def _bridge(session: Session, load: str, teacher: Network, against: str, kind: s
     if kind == "none":
         return None, "none"
     if kind == "auto":
-        if stored is not None and len(stored["shift"]) == _width(teacher):  # else it leads to another teacher
+        if stored is not None and len(stored["shift"]) == teacher.embedding_size:  # else it leads to another teacher
             bridge = bridge_from(stored)
             return bridge, f"{bridge.kind}, stored with the student{_fitted_to_another(load, against)}"
-        if _width(session.student) == _width(teacher):
+        if session.student.embedding_size == teacher.embedding_size:
             return None, "none"
         kind = "ridge"
     bridge = fitted(session, session.student, teacher, kind)
@@ -127,29 +122,6 @@ def _fitted_to_another(load: str, against: str) -> str:
     ):
         return ""
     return f" for {taught} (--bridge ridge fits one to {against})"
-
-
-def _width(network: Network) -> int:
-    return network.spec.embedding_size or network.pooled_size
-
-
-def embedded(session: Session, network: Network, records: ImageRecords) -> Embeddings:
-    """The embeddings of these images at the size that the network was trained with."""
-    config = session.config
-    loader = session.test
-    if records is not session.test.records or network.spec.input_size != config.input_size:
-        assert network.spec.input_size is not None
-        geometry = Geometry(input_size=network.spec.input_size, flip=False)
-        skip: dict[str, Any] = {"skip_unreadable": config.skip_unreadable, "workers": config.workers}
-        pack = pack_for(config, Splits(records, records), [])
-        loader = ImageLoader(records, geometry, seed=config.seed, pack=pack, **skip)
-    try:
-        batches, total = loader.test(config.batch), -(-len(loader.records) // config.batch)
-        options: dict[str, Any] = {"device": session.device, "precision": config.precision}
-        return embed(network, batches, progress="embedding", total=total, **options)
-    finally:
-        if loader is not session.test:
-            loader.close()
 
 
 def split_off(arguments: Sequence[str], names: Sequence[str]) -> tuple[dict[str, str], list[str]]:

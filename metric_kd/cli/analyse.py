@@ -13,15 +13,12 @@ from typing import Any, Literal
 from torch import Tensor, nn
 
 from metric_kd.cli.config import DistillConfig, known_keys
+from metric_kd.cli.embedding import loader_for
 from metric_kd.cli.goals import goal_of, network_spec
 from metric_kd.cli.networks import teacher_of
-from metric_kd.cli.pack import pack_for
 from metric_kd.cli.parse import parse, read_words
 from metric_kd.cli.session import Session, build, checked
 from metric_kd.cli.stored import run_of
-from metric_kd.data.loading import ImageLoader
-from metric_kd.data.records import Splits
-from metric_kd.data.transforms import Geometry
 from metric_kd.distill.granularity import CodedTeacher, Encoders
 from metric_kd.engine.checkpoint import find_checkpoint, read_checkpoint, restore_network, write_atomically, write_text
 from metric_kd.errors import UserError
@@ -90,13 +87,13 @@ def main(arguments: Sequence[str], program: str | None = None) -> int:
 
 def analysis(session: Session, student: nn.Module, teacher: nn.Module) -> dict[str, Any]:
     """Plain numbers: "cka"[student layer][teacher layer], "pooled_cka", and the mean "noise" of each that gives logits."""
-    ours = _layers(session, student, session.test)
-    theirs = _layers(session, teacher, _loader_for(session, teacher))
+    ours = _layers(session, student)
+    theirs = _layers(session, teacher)
     noise = {"student": ours, "teacher": theirs}
     values = {name: non_target_noise(layers["logits"]) for name, layers in noise.items() if "logits" in layers}
     if isinstance(teacher, CodedTeacher) and teacher.coders.spec.decodes == "logits":
         teacher.stable = True
-        stable = _layers(session, teacher, _loader_for(session, teacher), ("logits",))
+        stable = _layers(session, teacher, ("logits",))
         values["stable target"] = non_target_noise(stable["logits"])
     return {
         "images": len(ours["pooled"]),
@@ -108,23 +105,16 @@ def analysis(session: Session, student: nn.Module, teacher: nn.Module) -> dict[s
     }
 
 
-def _layers(session: Session, network: Any, loader: ImageLoader, fields: tuple[str, ...] = LAYERS) -> dict[str, Tensor]:
+def _layers(session: Session, network: Any, fields: tuple[str, ...] = LAYERS) -> dict[str, Tensor]:
     want = [field for field in fields if field in network.provides]
     if network.spec.embedding_size == 0 and "embedding" in want:
         want.remove("embedding")  # the pooled feature itself
-    total = -(-len(loader.records) // session.config.batch)
-    return representations(
-        network, loader.test(session.config.batch), want, device=session.device, progress="looking", total=total
-    )
-
-
-def _loader_for(session: Session, network: Any) -> ImageLoader:
-    """The test images at the size that the network was trained with."""
-    if network.spec.input_size == session.config.input_size:
-        return session.test
-    geometry = Geometry(input_size=network.spec.input_size, flip=False)
-    pack = pack_for(session.config, Splits(session.test.records, session.test.records), [])
-    return ImageLoader(session.test.records, geometry, seed=0, workers=session.config.workers, pack=pack)
+    batch = session.config.batch
+    with loader_for(session, network) as loader:
+        total = -(-len(loader.records) // batch)
+        return representations(
+            network, loader.test(batch), want, device=session.device, progress="looking", total=total
+        )
 
 
 def _networks(session: Session, path: str, against: str, stored: dict[str, Any]) -> tuple[nn.Module, nn.Module]:

@@ -1,32 +1,49 @@
 """Images of a session through a network, each at the size that the network was trained with."""
 
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
 from metric_kd.cli.pack import pack_for
 from metric_kd.cli.session import Session
 from metric_kd.data.loading import ImageLoader
-from metric_kd.data.records import Splits
+from metric_kd.data.records import ImageRecords, Splits
 from metric_kd.data.transforms import Geometry
 from metric_kd.evaluation.embed import Embeddings, embed
 from metric_kd.models.network import Network
 
 
-def embeddings_of_test(session: Session, network: Network) -> Embeddings:
-    """The embeddings of the session's test images, in the order of the data set."""
-    config, loader, size = session.config, session.test, network.spec.input_size
-    if size != config.input_size:
-        assert size is not None
-        geometry = Geometry(input_size=size, flip=False)
-        pack = pack_for(config, Splits(loader.records, loader.records), [])
-        loader = ImageLoader(loader.records, geometry, seed=0, workers=config.workers, pack=pack)
+@contextmanager
+def loader_for(session: Session, network: Any, records: ImageRecords | None = None) -> Iterator[ImageLoader]:
+    """The test view of these images (by default the session's test images) in the size of ``network.spec``."""
+    config, size = session.config, network.spec.input_size
+    records = session.test.records if records is None else records
+    if records is session.test.records and size == config.input_size:
+        yield session.test
+        return
+    loader = ImageLoader(
+        records,
+        Geometry(input_size=size, flip=False),
+        seed=config.seed,
+        workers=config.workers,
+        skip_unreadable=config.skip_unreadable,
+        pack=pack_for(config, Splits(records, records), []),
+    )
     try:
-        total = -(-len(loader.records) // config.batch)
+        yield loader
+    finally:
+        loader.close()
+
+
+def embedded(session: Session, network: Network, records: ImageRecords | None = None) -> Embeddings:
+    """The embeddings of these images (by default the session's test images), in the order of the data set."""
+    config = session.config
+    with loader_for(session, network, records) as loader:
         return embed(
             network,
             loader.test(config.batch),
             device=session.device,
             precision=config.precision,
             progress="embedding",
-            total=total,
+            total=-(-len(loader.records) // config.batch),
         )
-    finally:
-        if loader is not session.test:
-            loader.close()

@@ -11,7 +11,7 @@ from collections.abc import Sequence
 from typing import Any, Literal
 
 from metric_kd.cli.config import DistillConfig, known_keys
-from metric_kd.cli.embedding import embeddings_of_test
+from metric_kd.cli.embedding import embedded
 from metric_kd.cli.goals import network_spec
 from metric_kd.cli.parse import parse, read_words
 from metric_kd.cli.session import Session, build, checked
@@ -73,11 +73,11 @@ def _reports(
             check_ks([options.k], gallery_size(len(records), records.query, records.gallery))
             data = records.fingerprint()
             if theirs is None:
-                theirs, seen = embeddings_of_test(session, _teacher(session, against, config)), data
+                theirs, seen = embedded(session, _teacher(session, against, config)), data
             if data != seen:
                 raise UserError(f"{run} has other test images than {runs[0]}; name runs of one data set and split.")
             assert isinstance(session.student, Network)
-            sides = Sides(embeddings_of_test(session, session.student), theirs, records.query, records.gallery)
+            sides = Sides(embedded(session, session.student), theirs, records.query, records.gallery)
             found = compare(sides, records.class_names, options.k)
         finally:
             session.close()

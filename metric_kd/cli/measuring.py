@@ -8,8 +8,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from metric_kd.cli.against import embedded
 from metric_kd.cli.config import DistillConfig, known_keys
+from metric_kd.cli.embedding import embedded
 from metric_kd.cli.goals import goal_of
 from metric_kd.cli.networks import teacher_of
 from metric_kd.cli.parse import parse
