@@ -19,12 +19,14 @@ from metric_kd.cli.session import Session, build, checked
 from metric_kd.cli.stored import run_of
 from metric_kd.data.records import ImageRecords
 from metric_kd.deploy import model_card, parity
-from metric_kd.deploy.embedder import images_in
+from metric_kd.deploy.bridge import Bridge, bridge_from
+from metric_kd.deploy.embedder import images_in, no_bridge
 from metric_kd.deploy.export import FORMATS, WRITERS, EmbeddingGraph, describe, require_packages
 from metric_kd.deploy.exported import Exported
 from metric_kd.deploy.int8 import quantise_dynamic, quantise_static
+from metric_kd.deploy.lineage import lineage_of
 from metric_kd.devices import choose_device
-from metric_kd.engine.checkpoint import find_checkpoint, restore_network, write_atomically, write_text
+from metric_kd.engine.checkpoint import find_checkpoint, read_checkpoint, restore_network, write_atomically, write_text
 from metric_kd.engine.run_directory import check_folder
 from metric_kd.errors import UserError
 from metric_kd.evaluation.embed import embed
@@ -47,12 +49,13 @@ def main(arguments: Sequence[str], program: str | None = None) -> int:
     out = _checked(options)
     load_plugins(config.get("plugins", []))
     network = restore_network(options.run, None, {}).to(choose_device(options.device)).eval().requires_grad_(False)
+    graph = EmbeddingGraph(network, _bridge(options)).eval()
     session, reason = _session(options, config)
     try:
         samples = _samples(options.images, None if session is None else session.test.records, options.count, reason)
         calibrating = _calibrating(options, session, reason) if options.int8 == "static" else []
         with tempfile.TemporaryDirectory() as folder:
-            made, measured = _export(options, network, samples, calibrating, session, Path(folder), out)
+            made, measured = _export(options, graph, samples, calibrating, session, Path(folder), out)
             if reason and not options.skip_recall:
                 _say(measured, f"Recall@1 was not measured: {reason}")
             _write(options, out, made, measured, config)
@@ -65,6 +68,8 @@ def main(arguments: Sequence[str], program: str | None = None) -> int:
 def _checked(options: Any) -> Path:
     """Where the file goes; every refusal that needs neither network nor data."""
     find_checkpoint(options.run)
+    if options.bridge and "bridge" not in read_checkpoint(options.run):
+        raise no_bridge(options.run)
     if options.to == "pt2" and options.int8 is not None:
         raise UserError("--int8 is for --to onnx; leave it out, or export to ONNX.")
     if options.calibration is not None and options.int8 != "static":
@@ -105,6 +110,17 @@ def _session(options: Any, config: dict[str, Any]) -> tuple[Session | None, str]
         return None, str(error)
 
 
+def _bridge(options: Any) -> Bridge | None:
+    """What --bridge puts into the graph."""
+    stored = read_checkpoint(options.run).get("bridge") if options.bridge else None
+    return None if stored is None else bridge_from(stored)
+
+
+def _description(options: Any, graph: EmbeddingGraph, out: Path) -> dict[str, str]:
+    lineage = lineage_of(find_checkpoint(options.run), options.bridge)
+    return describe(graph, out.name.split(".")[0], __version__, lineage)
+
+
 def _samples(folder: str | None, records: ImageRecords | None, count: int, reason: str) -> list[Any]:
     """Images, evenly spread over a folder, or else over the records; files are not read yet."""
     source: Any
@@ -129,7 +145,7 @@ def _calibrating(options: Any, session: Session | None, reason: str) -> list[Any
 
 def _export(
     options: Any,
-    network: Network,
+    graph: EmbeddingGraph,
     samples: list[Any],
     calibrating: list[Any],
     session: Session | None,
@@ -137,9 +153,8 @@ def _export(
     out: Path,
 ) -> tuple[Path, dict[str, Any]]:
     """(the file to keep, what was measured); ``UserError`` where it does not do what the network does."""
-    graph = EmbeddingGraph(network).eval()
     plain = folder / f"plain.{options.to}"
-    WRITERS[options.to](graph, plain, describe(network, out.name.split(".")[0], __version__))
+    WRITERS[options.to](graph, plain, _description(options, graph, out))
     exported = Exported(plain)
     found = parity.check_parity(graph, exported, samples)
     measured: dict[str, Any] = {"parity": asdict(found), "lines": [], "rows": []}
@@ -169,7 +184,7 @@ def _export(
         near = parity.check_parity(graph, quantised, samples)
         measured["int8"] = asdict(near)
         _say(measured, f"int8 ({options.int8}): cosine to `metric-kd embed` {near.cosine:.4f} or more")
-    weights = sum(t.numel() * t.element_size() for t in network.state_dict().values())
+    weights = sum(t.numel() * t.element_size() for t in graph.state_dict().values())
     rows = [Row("PyTorch", weights, parity.milliseconds(lambda x: parity.run_graph(graph, x), batch))]
     runtime = "ONNX Runtime" if options.to == "onnx" else "torch.export"
     rows.append(Row(f"{runtime}, fp32", plain.stat().st_size, parity.milliseconds(exported.run, batch)))
@@ -177,18 +192,20 @@ def _export(
         times = parity.milliseconds(quantised.run, batch)
         rows.append(Row(f"{runtime}, int8 {options.int8}", kept.stat().st_size, times))
     if session is not None and not options.skip_recall:
-        _measure_recall(rows, session, [exported, *([quantised] if quantised else [])])
+        _measure_recall(rows, graph, session, [exported, *([quantised] if quantised else [])])
     _report(measured, rows, graph.side)
     return kept, measured
 
 
-def _measure_recall(rows: list[Row], session: Session, files: list[Exported]) -> None:
+def _measure_recall(rows: list[Row], graph: EmbeddingGraph, session: Session, files: list[Exported]) -> None:
     """Of PyTorch by the evaluation's own views, of files from the images as they lie on the disk."""
     records, loader = session.test.records, session.test
     assert isinstance(session.student, Network)
     session.student.to(session.device)
     total = -(-len(records) // 64)
     found = embed(session.student, loader.test(64), device=session.device, progress="evaluating", total=total)
+    if graph.bridge is not None:
+        found = found._replace(vectors=graph.bridge(found.vectors))
     rows[0].recall = parity.retrieval_recall(found, records)
     for row, file in zip(rows[1:], files, strict=True):
         row.recall = parity.recall_at_1(file, records, progress=True)
@@ -243,6 +260,9 @@ def _parser(program: str | None) -> Any:
     parser.add_argument("--to", type=Literal[FORMATS], required=True, help="ONNX, or a program for torch.export.load")
     parser.add_argument(
         "--out", type=str | None, default=None, help="file to write; default in the run, under its name"
+    )
+    parser.add_argument(
+        "--bridge", action="store_true", help="into the teacher's space, by the student's stored bridge"
     )
     parser.add_argument(
         "--int8", type=Literal["dynamic", "static"] | None, default=None, help="8 bits: weights, or activations as well"

@@ -23,7 +23,7 @@ def main(arguments: Sequence[str], program: str | None = None) -> int:
     if options.page is not None and (Path(options.page).is_dir() or Path(options.page).suffix not in (".html", ".htm")):
         raise UserError(f"--page {options.page} must be a file that ends in .html.")
     _check_readable(options.query)
-    searcher = Searcher(options.file, options.model, options.images, options.device)
+    searcher = Searcher(options.file, options.model, options.images, options.device, options.bridge)
     if options.query:
         check_k(options.k, len(searcher))
     searcher.check_nprobe(options.nprobe)
@@ -82,9 +82,12 @@ def _write_page(path: Path, searcher: Searcher, queries: Sequence[str], found: S
         Asked(_shown(Path(query).name), query, tuple(Found(_shown(name(hit)), hit.path, hit.distance) for hit in hits))
         for query, hits in zip(queries, found, strict=True)
     ]
+    asking = searcher.model()
+    by_student = {"Queries by": f"{asking.what} ({_shown(asking.path)})"} if asking.digest != about.model_digest else {}
     facts = {
         "Images": f"{len(searcher):,} in {_shown(searcher.images)}",
         "Model": f"{about.model} ({_shown(about.model_path)})",
+        **by_student,
         "Index": f"{_shown(str(searcher.file))}, {searcher.factory}",
         "Embeddings": f"{about.dimensions} numbers each" + (", of length 1" if about.normalised else ""),
     }
@@ -101,7 +104,10 @@ def _parser(program: str | None) -> Any:
     parser.add_argument(
         "--nprobe", type=int | None, default=None, help="lists to look into (IVF) or candidates to follow (HNSW)"
     )
-    parser.add_argument("--model", type=str | None, default=None, help="the model of the index, where it has moved")
+    parser.add_argument(
+        "--model", type=str | None, default=None, help="the model of the index, where it has moved; or a student of it"
+    )
+    parser.add_argument("--bridge", action="store_true", help="through the bridge that is stored with the student")
     parser.add_argument("--images", type=str | None, default=None, help="the folder of the images, where it has moved")
     parser.add_argument("--page", type=str | None, default=None, help="also write what was found as one HTML page")
     parser.add_argument("--json", action="store_true", help="print JSON")

@@ -37,6 +37,16 @@ class Embedder:
         assert network.spec.input_size is not None
         self.geometry = Geometry(input_size=network.spec.input_size, flip=False)
 
+    @property
+    def dimensions(self) -> int:
+        """D of what :meth:`embed` gives."""
+        return self.network.embedding_size if self.bridge is None else len(self.bridge.shift)
+
+    @property
+    def normalised(self) -> bool:
+        """Whether what :meth:`embed` gives has length 1."""
+        return self.bridge is None and bool(self.network.spec.l2normalize)
+
     def embed(
         self, images: Any, batch: int = 64, progress: bool = False, skipped: list[Any] | None = None
     ) -> np.ndarray:
@@ -119,8 +129,12 @@ def load(
     network = build_network(NetworkSpec.from_dict(content["network"]))
     load_weights(network, content["model"], strict=True)
     if bridge and "bridge" not in content:
-        raise UserError(f"{run_or_checkpoint} holds no bridge; train it with run_distill.py --bridge ridge.")
+        raise no_bridge(run_or_checkpoint)
     return Embedder(network, device, precision, bridge_from(content["bridge"]) if bridge else None)
+
+
+def no_bridge(run_or_checkpoint: "str | Path") -> UserError:
+    return UserError(f"{run_or_checkpoint} holds no bridge; train it with run_distill.py --bridge ridge.")
 
 
 def images_in(folder: "str | Path") -> list[str]:

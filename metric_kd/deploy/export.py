@@ -13,6 +13,8 @@ import torch
 from torch import Tensor, nn
 
 from metric_kd.data.transforms import Geometry
+from metric_kd.deploy.bridge import Bridge
+from metric_kd.deploy.lineage import Lineage
 from metric_kd.engine.reproducibility import weights_digest
 from metric_kd.errors import UserError
 from metric_kd.models.network import Network
@@ -30,7 +32,9 @@ EXTRA = "pip install 'metric_kd[export]'"
 
 
 class EmbeddingGraph(nn.Module):
-    """(N, 3, H, W) uint8 RGB to (N, D) float32: resize, centre crop, normalisation, network, l2 normalisation.
+    """(N, 3, H, W) uint8 RGB to (N, D) float32: resize, centre crop, normalisation, network, l2 normalisation, bridge.
+
+    bridge: the map into the teacher's space, or None.
 
     The view is that of :class:`~metric_kd.deploy.embedder.Embedder`: images that have the size of the crop are taken as they
     are, all others are made a square of ``side`` px, whatever their aspect, of which the centre is cut.
@@ -48,19 +52,31 @@ class EmbeddingGraph(nn.Module):
     beside a network unless photos have several megapixels.
     """
 
-    def __init__(self, network: Network):
+    def __init__(self, network: Network, bridge: Bridge | None = None):
         super().__init__()
         assert network.spec.input_size is not None
         geometry = Geometry(input_size=network.spec.input_size, flip=False)
         self.crop, self.side = geometry.crop, geometry.side
         self.keeps = geometry.keeps(geometry.crop, geometry.crop)
         self.network = network
+        self.bridge_kind = "none" if bridge is None else bridge.kind
+        if bridge is not None:
+            for part in ("weight", "mean", "shift"):
+                self.register_buffer(part, getattr(bridge, part).to(next(network.parameters()).device))
+
+    @property
+    def bridge(self) -> Bridge | None:
+        """The map with its tensors where the network is."""
+        if self.bridge_kind == "none":
+            return None
+        return Bridge(*(self.get_buffer(part) for part in ("weight", "mean", "shift")), kind=self.bridge_kind)
 
     def forward(self, images: Tensor) -> Tensor:
         """(N, D) float32 of (N, 3, H, W) uint8."""
         embedding = self.network(self.view(images), want=("embedding",)).embedding
         assert embedding is not None
-        return embedding
+        bridge = self.bridge
+        return embedding if bridge is None else bridge(embedding)
 
     def view(self, images: Tensor) -> Tensor:
         """(N, 3, crop, crop) float32 of whole numbers in 0..255."""
@@ -92,17 +108,21 @@ def require_packages(form: str, int8: bool = False) -> None:
         raise UserError(f"an ONNX file needs the package {error.name}, which is not installed; {EXTRA}.") from None
 
 
-def describe(network: Network, name: str, version: str) -> dict[str, str]:
-    """What every exported file says of itself, as text: name, version, sizes, whether vectors have length 1, weights."""
+def describe(graph: EmbeddingGraph, name: str, version: str, lineage: Lineage | None = None) -> dict[str, str]:
+    """What every exported file says of itself, as text: name, version, sizes, whether vectors have length 1, weights, bridge,
+    and whose student it is."""
+    network, bridge = graph.network, graph.bridge
     spec = network.spec
     return {
         "name": name,
         "metric_kd": version,
         "base": spec.base,
-        "embedding_size": str(network.embedding_size),
+        "embedding_size": str(network.embedding_size if bridge is None else len(bridge.shift)),
         "input_size": str(spec.input_size),
-        "normalised": str(bool(spec.l2normalize)).lower(),
+        "normalised": str(bool(spec.l2normalize) and bridge is None).lower(),
         "weights": weights_digest(network),
+        "bridge": graph.bridge_kind,
+        **(lineage or Lineage()).described(),
         "int8": "none",
     }
 

@@ -1,9 +1,10 @@
 """The file of an index: a zip archive, uncompressed, of arrays and one description; every member has its checksum.
 
-Members (format "metric_kd index 1"):
+Members (format "metric_kd index 2"):
 
     manifest.json   format, count, factory, asked (as given: "auto", or the factory), dimensions, trained, keep_vectors,
-                    images (the folder), precision, model, its path and digest, whether its vectors have length 1
+                    images (the folder), precision, model, its path, its digest and that of its weights, whether its
+                    vectors have length 1
     names           paths in the folder, as bytes, each followed by a zero byte; row k is the k-th
     sizes.npy, modified.npy     (N,) int64: bytes and nanoseconds of the image files when they were listed
     vectors.npy     (N, D) float32 of a Flat index; or what --keep_vectors keeps, float32 or float16
@@ -28,7 +29,7 @@ from metric_kd.deploy.vector_index import Approximate, Flat, VectorIndex, check_
 from metric_kd.errors import UserError
 from metric_kd.evaluation.search import load_faiss
 
-FORMAT = "metric_kd index 1"
+FORMAT = "metric_kd index 2"
 
 
 class NoIndex(UserError):
@@ -60,7 +61,8 @@ class Files:
 
 @dataclass(frozen=True)
 class About:
-    """What an index was made of and how. images: the folder, absolute; asked: the factory that was asked for."""
+    """What an index was made of and how. images: the folder, absolute; asked: the factory that was asked for; weights: digest
+    of the model's, by which its students know their teacher."""
 
     model_path: str
     model_digest: str
@@ -71,6 +73,7 @@ class About:
     dimensions: int
     asked: str
     keep_vectors: str | None
+    weights: str
 
 
 @dataclass(frozen=True)

@@ -8,6 +8,7 @@ from typing import Any, NamedTuple, Protocol
 import numpy as np
 
 from metric_kd.deploy.embedder import load
+from metric_kd.deploy.lineage import Lineage, lineage_of
 from metric_kd.engine.checkpoint import find_checkpoint
 from metric_kd.engine.reproducibility import weights_digest
 from metric_kd.errors import UserError
@@ -22,7 +23,8 @@ class Embeds(Protocol):
 
 
 class Model(NamedTuple):
-    """path: absolute; digest: of weights and description, or of the bytes of an exported file; what: in words."""
+    """path: absolute; digest: of weights and description, or of the bytes of an exported file; what: in words; weights: digest
+    of the network's alone; lineage: whose student it is."""
 
     embedder: Embeds
     path: str
@@ -30,28 +32,54 @@ class Model(NamedTuple):
     dimensions: int
     what: str
     normalised: bool
+    weights: str
+    lineage: Lineage
 
 
-def open_model(path: "str | Path", device: str = "cpu", precision: str = "fp32") -> Model:
-    """Raises ``UserError`` as :func:`metric_kd.load` does, and for an exported file in another precision than its own."""
+def open_model(path: "str | Path", device: str = "cpu", precision: str = "fp32", bridge: bool = False) -> Model:
+    """bridge: through the one that is stored with a student. Raises ``UserError`` as :func:`metric_kd.load` does, and for an
+    exported file with a bridge to add or in another precision than its own."""
     path = Path(path)
     if path.suffix == ".onnx":
         if precision != "fp32":
             raise UserError(f"--precision {precision} is of networks; an exported file has its own, leave it out.")
+        if bridge:
+            raise UserError(f"{path} holds its bridge, if it has one (metric-kd export --bridge); leave --bridge out.")
         if not path.is_file():
             raise UserError(f"the exported model {path} does not exist; check the path.")
-        from metric_kd.deploy.exported import Exported
+        return _open_exported(path)
+    embedder = load(path, device, precision, bridge)
+    spec, parts = embedder.network.spec, [weights_digest(embedder.network)]
+    what = f"{spec.base}, {embedder.dimensions} dimensions, {spec.input_size} px"
+    if embedder.bridge is not None:
+        what += f", through a {embedder.bridge.kind} bridge"
+        parts += [hashlib.sha256(part.numpy().tobytes()).hexdigest() for part in embedder.bridge[:3]]
+    described = json.dumps(spec.to_dict(), sort_keys=True) + "".join(parts)
+    return Model(
+        embedder,
+        path=str(find_checkpoint(path).resolve() if path.is_file() else path.resolve()),
+        digest=hashlib.sha256(described.encode()).hexdigest(),
+        dimensions=embedder.dimensions,
+        what=what,
+        normalised=embedder.normalised,
+        weights=parts[0],
+        lineage=lineage_of(find_checkpoint(path), bridge),
+    )
 
-        exported = Exported(path)
-        with path.open("rb") as file:
-            digest = hashlib.file_digest(file, "sha256").hexdigest()
-        return Model(
-            exported, str(path.resolve()), digest, exported.dimensions, "an exported network", exported.normalised
-        )
-    embedder = load(path, device, precision)
-    spec = embedder.network.spec
-    what = f"{spec.base}, {embedder.network.embedding_size} dimensions, {spec.input_size} px"
-    described = json.dumps(spec.to_dict(), sort_keys=True) + weights_digest(embedder.network)
-    digest = hashlib.sha256(described.encode()).hexdigest()
-    where = str(find_checkpoint(path).resolve() if path.is_file() else path.resolve())
-    return Model(embedder, where, digest, embedder.network.embedding_size, what, spec.l2normalize)
+
+def _open_exported(path: Path) -> Model:
+    from metric_kd.deploy.exported import Exported
+
+    exported = Exported(path)
+    with path.open("rb") as file:
+        digest = hashlib.file_digest(file, "sha256").hexdigest()
+    return Model(
+        exported,
+        path=str(path.resolve()),
+        digest=digest,
+        dimensions=exported.dimensions,
+        what="an exported network",
+        normalised=exported.normalised,
+        weights=exported.metadata.get("weights", ""),
+        lineage=Lineage.from_description(exported.metadata),
+    )

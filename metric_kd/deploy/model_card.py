@@ -39,7 +39,8 @@ def contents(
         "contract": {
             "input": f"{INPUT}: (N, 3, H, W) uint8, RGB, any N, H and W; all images of a call have one size",
             "output": f"{OUTPUT}: (N, {metadata['embedding_size']}) float32"
-            + (", of length 1" if metadata["normalised"] == "true" else ""),
+            + (", of length 1" if metadata["normalised"] == "true" else "")
+            + _space(metadata),
             "view": f"resized and cropped to {metadata['input_size']} px, and normalised, inside the graph",
             "orientation": "images are taken as stored: turn them by their EXIF entry before",
             "device": device,
@@ -58,6 +59,14 @@ def contents(
         "export": measured,
         "licence": licence(metadata, config),
     }
+
+
+def _space(metadata: Mapping[str, str]) -> str:
+    """Whose vectors they can be compared with, where those of another network are meant."""
+    if metadata.get("shares_space") != "true":
+        return ""
+    through = "" if metadata["bridge"] == "none" else f", through a {metadata['bridge']} bridge"
+    return f", in the space of the teacher (weights {metadata['teacher']}){through}"
 
 
 def licence(metadata: Mapping[str, str], config: Mapping[str, Any]) -> str:

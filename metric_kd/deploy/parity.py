@@ -39,7 +39,7 @@ def check_parity(graph: EmbeddingGraph, exported: Exported, images: Sequence[Any
     """Run images (as of :meth:`Embedder.embed`) one by one, and again as batches of one size, through PyTorch, the file and
     the Embedder; in full precision on CUDA too.
     """
-    embedder = Embedder(graph.network, next(graph.parameters()).device)
+    embedder = Embedder(graph.network, next(graph.parameters()).device, bridge=graph.bridge)
     ours, theirs, usual, resized = [], [], [], []
     with torch.backends.cudnn.flags(allow_tf32=False):
         for image in images:

@@ -6,11 +6,13 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
+import torch
 
 from metric_kd.deploy.index_file import read_index
 from metric_kd.deploy.measuring import Measured, measure
 from metric_kd.deploy.model import Model, open_model
 from metric_kd.devices import choose_device
+from metric_kd.distances import unit_rows
 from metric_kd.errors import UserError
 
 
@@ -24,8 +26,10 @@ class Hit(NamedTuple):
 class Searcher:
     """``Searcher("photos.index").search("query.jpg", k=5)``; safe to call from several threads.
 
-    file: what ``metric-kd index`` wrote. model: the run, checkpoint or exported file that embeds queries, where the one that
-    the index remembers has moved; vectors need none. images: the folder of the images, where it has moved.
+    file: what ``metric-kd index`` wrote. model: the run, checkpoint or exported file that embeds queries: the one that the
+    index remembers (the default), where it has moved, or a student of it that shares its space, by its losses (preset
+    compatible) or with ``bridge`` through its stored bridge; vectors need none. images: the folder of the images, where it
+    has moved.
 
     len(searcher): number of images N; ``factory``, ``dimensions``: of the index. Raises ``UserError`` for a file that is no
     index or was damaged.
@@ -37,8 +41,13 @@ class Searcher:
         model: "str | Path | None" = None,
         images: "str | Path | None" = None,
         device: str = "auto",
+        bridge: bool = False,
     ):
-        self.file, self.device = Path(file), device
+        if bridge and model is None:
+            raise UserError(
+                "--bridge leads from a student to the model of the index; name the student, as --model RUN."
+            )
+        self.file, self.device, self.bridge = Path(file), device, bridge
         self._content = read_index(file)
         self.about = self._content.about
         self.factory, self.dimensions = str(self._content.index.factory), self.about.dimensions
@@ -63,7 +72,7 @@ class Searcher:
         check_k(k, len(self))
         vectors = as_vectors(queries)
         if vectors is None:
-            vectors = self.model().embedder.embed(queries, batch)
+            vectors = self._embed(queries, batch)
         rows, distances = self.neighbours(vectors, k, nprobe)
         return [
             [Hit(self.path(row), float(far)) for row, far in zip(*found, strict=True) if row >= 0]
@@ -97,23 +106,41 @@ class Searcher:
             raise UserError(f"--nprobe is {nprobe}; give 1 or more.")
 
     def model(self) -> Model:
-        """The model of the index, opened once. Raises ``UserError`` where it is not what the vectors were made with."""
+        """The model that embeds queries, opened once. Raises ``UserError`` where its vectors cannot be compared with the
+        index's: it is neither the model of the index nor a student in its space."""
         with self._lock:
             if self._model is None:
                 self._model = self._open(str(self._given or self.about.model_path))
             return self._model
 
     def _open(self, path: str) -> Model:
+        about = self.about
         way_out = "give the one it was made with as --model" if self._given is None else "give another --model"
         if not Path(path).exists():
             raise UserError(f"the model {path} of {self.file} is not there; {way_out}.")
-        model = open_model(path, str(choose_device(self.device)), self.about.precision)
-        if model.digest != self.about.model_digest:
+        precision = "fp32" if Path(path).suffix == ".onnx" else about.precision
+        model = open_model(path, str(choose_device(self.device)), precision, self.bridge)
+        if model.digest == about.model_digest:
+            return model
+        if not about.weights or model.lineage.teacher != about.weights:
             raise UserError(
-                f"{path} is not the model that {self.file} was made with ({self.about.model}); {way_out}, or make the index "
-                "again."
+                f"{path} is neither the model that {self.file} was made with ({about.model}) nor a student of it; {way_out}, "
+                "or make the index again."
+            )
+        if not model.lineage.shared:
+            raise UserError(
+                f"no loss of {path} ties it to the space of {self.file}, in which it would find things by chance; give "
+                "--bridge, for which it is trained with --bridge ridge, or a student of preset compatible."
             )
         return model
+
+    def _embed(self, images: Any, batch: int) -> np.ndarray:
+        """(Q, D), of length 1 where the index's vectors are."""
+        model = self.model()
+        vectors = model.embedder.embed(images, batch)
+        if self.about.normalised and not model.normalised:
+            return unit_rows(torch.from_numpy(vectors)).numpy()
+        return vectors
 
     def measure(self, nprobe: int | None = None) -> Measured:
         """What the index loses against exact search, and its time and memory."""

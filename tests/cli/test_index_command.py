@@ -77,7 +77,7 @@ def test_a_moved_model_needs_to_be_named_and_another_is_refused(index, teacher_r
     assert console(["search", str(file), *flags]) == 0
     other = make_other(tmp_path / "moved", tmp_path / "other.pth")
     text = refusal(capsys, "search", file, "--query", query, "--model", other)
-    assert "is not the model that" in text and "or make the index again" in text
+    assert "is neither the model that" in text and "or make the index again" in text
     assert "made with another model" in refusal(capsys, "index", other, "--images", images, "--out", file)
 
 
@@ -99,7 +99,8 @@ def test_an_exported_network_makes_and_searches_an_index(index, teacher_run, ima
 
     network = metric_kd.load(teacher_run).network
     file, exported = tmp_path / "i", tmp_path / "teacher.onnx"
-    write_onnx(EmbeddingGraph(network), exported, describe(network, "teacher", "0"))
+    graph = EmbeddingGraph(network)
+    write_onnx(graph, exported, describe(graph, "teacher", "0"))
     assert console(["index", str(exported), "--images", str(image_folder), "--out", str(file)]) == 0
     np.testing.assert_allclose(read_index(file).index.vectors(), read_index(index).index.vectors(), atol=1e-4)
     query = str(image_folder / "class03" / "05.png")

@@ -44,7 +44,7 @@ def graph_of(base=SMALL, size=32, **options):
 
 
 def metadata(graph, name="x"):
-    return describe(graph.network, name, "0.0.0")
+    return describe(graph, name, "0.0.0")
 
 
 @pytest.fixture(scope="module")

@@ -21,6 +21,7 @@ from metric_kd.deploy import index_part, indexing, vector_index
 from metric_kd.deploy.factory import Factory, check_factory, choose_factory, parse_factory
 from metric_kd.deploy.index_file import NoIndex, read_index
 from metric_kd.deploy.indexing import make_index
+from metric_kd.deploy.lineage import Lineage
 from metric_kd.deploy.measuring import measure
 from metric_kd.deploy.model import Model
 from metric_kd.deploy.searcher import Searcher
@@ -53,7 +54,7 @@ class Toy:
 
 
 def toy(digest="d", pause=0.0):
-    return Model(Toy(pause), "/nowhere/run", digest, 8, "toy", False)
+    return Model(Toy(pause), "/nowhere/run", digest, 8, "toy", False, "w", Lineage())
 
 
 def draw(path, seed):
