@@ -27,14 +27,13 @@ bench: $(READY)
 
 # The site, into build/site; open build/site/index.html.
 docs: $(READY)
-	$(BIN)/python -m pip install --disable-pip-version-check --editable '.[docs]'
 	NO_MKDOCS_2_WARNING=1 $(BIN)/python -m mkdocs build --strict
 
 # An environment that was built from the same setup.cfg is used again; a half-built one never carries the stamp.
 $(READY): setup.cfg pyproject.toml
 	$(PYTHON) -c 'import sys; sys.exit("metric_kd needs Python 3.11 or later; set PYTHON=python3.11" if sys.version_info < (3, 11) else 0)'
 	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
-	$(BIN)/python -m pip install --disable-pip-version-check --editable '.[cpu,test,tensorboard,pml]'
+	$(BIN)/python -m pip install --disable-pip-version-check --editable '.[cpu,test,tensorboard,pml,docs]'
 	touch $(READY)
 
 clean:

@@ -106,11 +106,7 @@ def from_main(value: Any) -> Any:
 
 def any_rank(flag: bool) -> bool:
     """Whether the flag is set on any process."""
-    if world_size() == 1:
-        return flag
-    flags: list[Any] = [None] * world_size()
-    dist.all_gather_object(flags, flag)
-    return any(flags)
+    return any(gather_objects(flag))
 
 
 def gather_objects(value: Any) -> list[Any]:

@@ -10,33 +10,56 @@ from metric_kd.errors import UserError
 
 
 @contextlib.contextmanager
-def alone(file: Path, refusal: str | None = None) -> Iterator[None]:
-    """Hold ``.FILE.lock`` beside a file. Another process waits and says so, or with ``refusal`` raises ``UserError(refusal)``.
+def alone(file: Path, refusal: str | None = None, lock: Path | None = None) -> Iterator[None]:
+    """Hold a lock, ``.FILE.lock`` beside a file by default. Another process waits and says so, or with ``refusal`` raises
+    ``UserError(refusal)``.
 
-    The lock dies with its process. Where the system has no such locks (Windows, where runs have one process) it is open.
+    The lock dies with its process: unlike flock's, it is not handed to processes that this one forks. Where the system has
+    no such locks (Windows, where runs have one process) it is open; where the place has none it raises ``OSError``, or
+    with ``refusal`` ``UserError``.
     """
     try:
-        import fcntl
+        import fcntl  # noqa: F401
     except ImportError:
         yield
         return
-    lock = file.with_name(f".{file.name}.lock")
+    lock = lock or file.with_name(f".{file.name}.lock")
     while True:
         handle = os.open(lock, os.O_CREAT | os.O_RDWR, 0o644)
         try:
-            fcntl.lockf(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except OSError as error:
-            if refusal is not None:
-                os.close(handle)
-                raise UserError(refusal) from error
-            print(f"another process is making {file}; waiting for it", file=sys.stderr)
-            fcntl.lockf(handle, fcntl.LOCK_EX)
-        with contextlib.suppress(OSError):
-            if os.stat(lock).st_ino == os.fstat(handle).st_ino:
-                break
+            _take(handle, file, refusal)
+        except BaseException:
+            os.close(handle)
+            raise
+        if _is(lock, handle):
+            break
         os.close(handle)  # whoever held it has removed it: once more
     try:
         yield
     finally:
-        lock.unlink(missing_ok=True)
+        if _is(lock, handle):
+            lock.unlink(missing_ok=True)
         os.close(handle)
+
+
+def _take(handle: int, file: Path, refusal: str | None) -> None:
+    import fcntl
+
+    try:
+        fcntl.lockf(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except (BlockingIOError, PermissionError) as error:  # the two that say that another process holds it
+        if refusal is not None:
+            raise UserError(refusal) from error
+        print(f"another process is making {file}; waiting for it", file=sys.stderr)
+        fcntl.lockf(handle, fcntl.LOCK_EX)
+    except OSError as error:
+        if refusal is None:
+            raise
+        raise UserError(f"cannot lock {file} ({error.strerror}); choose a place that has locks.") from error
+
+
+def _is(path: Path, handle: int) -> bool:
+    """Whether an open file still has this name."""
+    with contextlib.suppress(OSError):
+        return os.path.samestat(os.stat(path), os.fstat(handle))
+    return False

@@ -22,6 +22,11 @@ class Batch(NamedTuple):
     views: Tensor | None = None
     teacher_images: Tensor | None = None
 
+    @property
+    def seen_by_teacher(self) -> Tensor:
+        """The images in the size that the teacher sees."""
+        return self.images if self.teacher_images is None else self.teacher_images
+
     def to(self, device) -> "Batch":  # type: ignore[no-untyped-def]
         """The same batch on another device (asynchronously from pinned memory)."""
         return Batch(*(None if t is None else t.to(device, non_blocking=True) for t in self))  # type: ignore[arg-type]

@@ -17,6 +17,7 @@ GROUND = {
     "kernels",
     "generators",
     "locks",
+    "durable",
 }
 MAY_IMPORT = {
     "errors": set(),
@@ -26,6 +27,7 @@ MAY_IMPORT = {
     "distributed": {"errors", "generators"},
     "generators": set(),
     "locks": {"errors"},
+    "durable": set(),
     "devices": {"errors", "distributed"},
     "modes": set(),
     "kernels": {"errors", "distances"},

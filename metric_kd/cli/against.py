@@ -8,17 +8,17 @@ import json
 from collections.abc import Sequence
 from pathlib import Path
 
-from metric_kd.cli.embedding import embedded
-from metric_kd.cli.goals import network_spec
+from metric_kd.cli.embedding import embedded, teacher_beside
 from metric_kd.cli.parse import Parsed
 from metric_kd.cli.session import Session, build, checked
 from metric_kd.cli.stored import find_network, run_of
 from metric_kd.deploy.bridge import KINDS, Bridge, bridge_from, fit_bridge
-from metric_kd.engine.checkpoint import find_checkpoint, read_checkpoint, restore_network, write_text
+from metric_kd.distributed import announced
+from metric_kd.engine.checkpoint import find_checkpoint, read_checkpoint, write_text
 from metric_kd.errors import UserError, one_of
-from metric_kd.evaluation.compatibility import PAIRS, Matrix, compatibility, verdict
+from metric_kd.evaluation.compatibility import PAIRS, Matrix, check_widths, compatibility, verdict
 from metric_kd.evaluation.metrics import titles
-from metric_kd.models.backbone import Pixels
+from metric_kd.evaluation.retrieval import check_metrics
 from metric_kd.models.network import Network
 
 BRIDGES = ("auto", "none", *KINDS)
@@ -35,20 +35,24 @@ def matrix_of(parsed: Parsed, against: str, bridge: str) -> Matrix:
     load = parsed.config.load
     if load is None:
         raise UserError("--against compares a student with its teacher; name the student, as in metric-kd eval RUN.")
+    if announced() > 1:
+        raise UserError("--against works in one process; start it without torchrun.")
     find_network(against)
     parsed = checked(parsed)  # a run says itself what it was trained for
     if parsed.config.task == "classification":
         raise UserError(f"--against compares embeddings, and {load} is a classifier; name a run of embeddings.")
     session = build(parsed)
     try:
-        teacher = restore_network(against, network_spec(session.config, "", Pixels(), {}), {}, "teacher")
-        teacher = teacher.to(session.device).eval().requires_grad_(False)
         assert isinstance(session.student, Network)
+        teacher = teacher_beside(session, against, run_of(load).stored_config() or {})
+        if bridge == "none":
+            check_widths(session.student.embedding_size, teacher.embedding_size)
+        metrics = session.config.metrics or ["map@r"]
+        check_metrics(metrics, session.test.records.labels, session.test.records.query, session.test.records.gallery)
         ours = embedded(session, session.student, session.test.records)
         theirs = embedded(session, teacher, session.test.records)
         used, how = _bridge(session, load, teacher, against, bridge)
         records, config = session.test.records, session.config
-        metrics = config.metrics or ["map@r"]
         found = compatibility(
             ours,
             theirs,

@@ -44,11 +44,10 @@ def _both(session: Session, student: Network) -> tuple[Tensor, Tensor]:
     total = -(-len(session.train) // session.config.batch)
     with eval_mode(*running), torch.inference_mode():
         for batch in with_bar(_batches(session), "fitting the bridge", total):
-            images = batch.images if batch.teacher_images is None else batch.teacher_images
             if isinstance(teacher, StoredTeacher):
                 said = teacher.outputs_of(batch, ("embedding",))
             else:
-                said = teacher(images, want=("embedding",))
+                said = teacher(batch.seen_by_teacher, want=("embedding",))
             ours.append(student(batch.images, want=("embedding",)).embedding.float().cpu())
             theirs.append(said.embedding.float().cpu())
     return torch.cat(ours).clone(), torch.cat(theirs).clone()
@@ -58,5 +57,4 @@ def _batches(session: Session) -> Iterator[Batch]:
     loader, size = session.train, session.config.batch
     for start in range(0, len(loader), size):
         rows = np.arange(start, min(start + size, len(loader)))
-        views = np.zeros(len(rows), dtype=np.int64) if loader.views is not None else None
-        yield loader.fixed(rows, views).to(session.device)
+        yield loader.first_view(rows).to(session.device)

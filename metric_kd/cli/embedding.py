@@ -1,15 +1,20 @@
-"""Images of a session through a network, each at the size that the network was trained with."""
+"""Networks beside each other: the other one of a comparison, and images through each at the size it was trained with."""
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any
 
+from metric_kd.cli.config import DistillConfig, known_keys
+from metric_kd.cli.goals import network_spec
 from metric_kd.cli.pack import pack_for
 from metric_kd.cli.session import Session
 from metric_kd.data.loading import ImageLoader
 from metric_kd.data.records import ImageRecords, Splits
 from metric_kd.data.transforms import Geometry
+from metric_kd.engine.checkpoint import restore_network
 from metric_kd.evaluation.embed import Embeddings, embed
+from metric_kd.models import default_pixels
+from metric_kd.models.backbone import Pixels
 from metric_kd.models.network import Network
 
 
@@ -47,3 +52,17 @@ def embedded(session: Session, network: Network, records: ImageRecords | None = 
             progress="embedding",
             total=-(-len(loader.records) // config.batch),
         )
+
+
+def teacher_beside(session: Session, path: str, stored: Mapping[str, Any]) -> Network:
+    """The other network of a comparison, ready to embed.
+
+    stored: the config of the student's run. A plain state dict is what that says of its teacher, or else a network like the
+    student.
+    """
+    fallback = network_spec(session.config, "", default_pixels(session.config.base) or Pixels(), {})
+    if "teacher_base" in stored:
+        config = DistillConfig(**{key: stored[key] for key in known_keys("distill") if key in stored})
+        fallback = network_spec(config, "teacher_", default_pixels(config.teacher_base) or Pixels(), {})
+    teacher = restore_network(path, fallback, {}, "teacher")
+    return teacher.to(session.device).eval().requires_grad_(False)

@@ -10,22 +10,18 @@ import sys
 from collections.abc import Sequence
 from typing import Any, Literal
 
-from metric_kd.cli.config import DistillConfig, known_keys
-from metric_kd.cli.embedding import embedded
-from metric_kd.cli.goals import network_spec
+from metric_kd.cli.embedding import embedded, teacher_beside
 from metric_kd.cli.parse import parse, read_words
 from metric_kd.cli.session import Session, build, checked
 from metric_kd.cli.stored import find_network, run_of
-from metric_kd.engine.checkpoint import find_checkpoint, restore_network, write_text
-from metric_kd.engine.run_directory import RESUMABLE_KEYS
+from metric_kd.engine.checkpoint import find_checkpoint, write_text
+from metric_kd.engine.run_directory import SEED_KEYS
 from metric_kd.errors import UserError
 from metric_kd.evaluation.agreement import NEIGHBOURS
 from metric_kd.evaluation.comparing import Sides, compare, merge
 from metric_kd.evaluation.embed import Embeddings
 from metric_kd.evaluation.retrieval import check_ks, gallery_size
-from metric_kd.models import default_pixels
-from metric_kd.models.backbone import Pixels
-from metric_kd.models.network import Network, NetworkSpec
+from metric_kd.models.network import Network
 from metric_kd.report.evidence import evidence_text, merged_text
 
 
@@ -42,7 +38,7 @@ def main(arguments: Sequence[str], program: str | None = None) -> int:
         raise UserError(f"{runs[0]} was trained without a teacher; name a network, as in --against RUN_OR_FILE.")
     find_network(against)
     reports = _reports(options, runs, configs, against, program)
-    notes = _unlike(runs, configs)
+    notes = _unlike(configs)
     together = {"runs": runs, "notes": notes, **merge(reports)} if len(runs) > 1 else None
     for run, report in zip(runs, reports, strict=True):
         if together is not None:
@@ -73,7 +69,7 @@ def _reports(
             check_ks([options.k], gallery_size(len(records), records.query, records.gallery))
             data = records.fingerprint()
             if theirs is None:
-                theirs, seen = embedded(session, _teacher(session, against, config)), data
+                theirs, seen = embedded(session, teacher_beside(session, against, config)), data
             if data != seen:
                 raise UserError(f"{run} has other test images than {runs[0]}; name runs of one data set and split.")
             assert isinstance(session.student, Network)
@@ -105,24 +101,14 @@ def _session(options: Any, run: str, config: dict[str, Any], program: str | None
     return session
 
 
-def _teacher(session: Session, path: str, config: dict[str, Any]) -> Network:
-    """The other network; a plain state dict is what the run says of its teacher, or else a network like the student."""
-    fallback: NetworkSpec = network_spec(session.config, "", Pixels(), {})
-    if "teacher_base" in config:
-        stored = DistillConfig(**{key: config[key] for key in known_keys("distill") if key in config})
-        fallback = network_spec(stored, "teacher_", default_pixels(stored.teacher_base) or Pixels(), {})
-    teacher = restore_network(path, fallback, {}, "teacher")
-    return teacher.to(session.device).eval().requires_grad_(False)
-
-
-def _unlike(runs: Sequence[str], configs: Sequence[dict[str, Any]]) -> list[str]:
+def _unlike(configs: Sequence[dict[str, Any]]) -> list[str]:
     """What, beside the seed, differs between runs: then their spread is not that of seeds."""
-    own = RESUMABLE_KEYS | {"seed", "load", "student_init"}
-    keys = sorted(set.intersection(*map(set, configs)) - own)
-    differing = [key for key in keys if any(config[key] != configs[0][key] for config in configs)]
+    known = [config for config in configs if config]  # a checkpoint alone has none
+    keys = sorted({"teacher_load"}.union(set.intersection(*map(set, known)) if known else ()) - SEED_KEYS - {"load"})
+    differing = [key for key in keys if any(config.get(key) != known[0].get(key) for config in known)]
     notes = [f"these runs differ in {', '.join(differing)}, so their spread is not that of seeds"] if differing else []
-    seeds = [config.get("seed") for config in configs]
-    if len(runs) > 1 and len(set(seeds)) < len(seeds):
+    seeds = [config["seed"] for config in known]
+    if len(set(seeds)) < len(seeds):
         notes.append("some of these runs have the same seed, so they are not independent")
     return notes
 

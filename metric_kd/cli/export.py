@@ -12,6 +12,7 @@ import numpy as np
 import torch
 
 from metric_kd import __version__
+from metric_kd.cli.embedding import embedded
 from metric_kd.cli.goals import load_splits
 from metric_kd.cli.parse import parse, read_words
 from metric_kd.cli.plugins import load_plugins
@@ -29,7 +30,6 @@ from metric_kd.devices import choose_device
 from metric_kd.engine.checkpoint import find_checkpoint, read_checkpoint, restore_network, write_atomically, write_text
 from metric_kd.engine.run_directory import check_folder
 from metric_kd.errors import UserError
-from metric_kd.evaluation.embed import embed
 from metric_kd.models.network import Network
 
 
@@ -199,11 +199,10 @@ def _export(
 
 def _measure_recall(rows: list[Row], graph: EmbeddingGraph, session: Session, files: list[Exported]) -> None:
     """Of PyTorch by the evaluation's own views, of files from the images as they lie on the disk."""
-    records, loader = session.test.records, session.test
+    records = session.test.records
     assert isinstance(session.student, Network)
     session.student.to(session.device)
-    total = -(-len(records) // 64)
-    found = embed(session.student, loader.test(64), device=session.device, progress="evaluating", total=total)
+    found = embedded(session, session.student)
     if graph.bridge is not None:
         found = found._replace(vectors=graph.bridge(found.vectors))
     rows[0].recall = parity.retrieval_recall(found, records)

@@ -28,7 +28,7 @@ COMMANDS = {
     "list": "names of datasets, backbones, samplers, losses or methods",
 }
 _MODULES = {"eval": "evaluate", "list": "listing"}
-ALONE = ("analyse", "evidence", "quantify", "report", "pack", "embed", "list")
+ALONE = ("analyse", "evidence", "quantify", "report", "pack", "embed", "export", "index", "search", "list")
 """Commands of one process: several would do the same and write the same files."""
 
 

@@ -86,8 +86,6 @@ class Measuring:
             gathered.networks[run.file] = self._embeds(session, student, _about(run, title, teacher))
         finally:
             session.close()
-        if further := further_metrics(run):
-            self.notes.append(f"{title} was also measured by {further}; the page shows Recall@K only.")
         self._peers(run, title)
 
     def _classifier(self, run: Finished) -> None:
@@ -163,7 +161,10 @@ class Measuring:
         if file in gathered.networks or self.given.get(file) == run.tested_on:
             return name
         network = _teacher_network(run, session).to(session.device).eval().requires_grad_(False)
-        if (digest := run.card["environment"].get("teacher")) not in (None, weights_digest(network)):
+        digest = (
+            None if run.config.get("granularity_load") else run.card["environment"].get("teacher")
+        )  # coders count too
+        if digest not in (None, weights_digest(network)):
             self.notes.append(
                 f"{name} is not the teacher that {title} had, weights {digest}: it was trained again since."
             )
@@ -223,7 +224,13 @@ def _about(run: Finished, title: str, teacher: str | None) -> Measured:
         title, role, 0, 0, {1: 0.0}, seconds, history, note="without a teacher" if role == "alone" else ""
     )
     return Measured(
-        summary, str(run.config["base"]), Cost(0, 0, (0.0, 0.0), 0), {}, teacher=teacher, recipe=recipe_of(run)
+        summary,
+        str(run.config["base"]),
+        Cost(0, 0, (0.0, 0.0), 0),
+        {},
+        teacher=teacher,
+        recipe=recipe_of(run),
+        further=further_metrics(run),
     )
 
 

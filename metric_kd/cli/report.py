@@ -74,8 +74,15 @@ def _titles(runs: Sequence[Finished]) -> dict[Path, str]:
         if path is not None and not path.endswith(".npy") and Path(path).exists():
             files.append(find_checkpoint(path, "teacher").resolve())
     files = list(dict.fromkeys(files))
-    shown = [file.parent if file.name in ("best.pth", "last.pth") else file for file in files]
+    shown = [
+        file if file.name == "last.pth" and file.with_name("best.pth") in files else _folder_of(file) for file in files
+    ]
     return dict(zip(files, names_of(shown), strict=True))
+
+
+def _folder_of(file: Path) -> Path:
+    """The run's, by which its result is known."""
+    return file.parent if file.name in ("best.pth", "last.pth") else file
 
 
 def _incomparable(tests: Sequence[Any]) -> list[str]:

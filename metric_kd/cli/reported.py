@@ -2,6 +2,7 @@
 
 import hashlib
 import json
+import re
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -11,9 +12,10 @@ import yaml
 
 from metric_kd.cli.asymmetric import PREFIX
 from metric_kd.cli.config import COMMANDS
+from metric_kd.cli.nested import BYTES, key_of
 from metric_kd.cli.stored import run_of
 from metric_kd.engine.checkpoint import find_checkpoint
-from metric_kd.engine.run_directory import RESUMABLE_KEYS, RunDirectory
+from metric_kd.engine.run_directory import SEED_KEYS, RunDirectory
 from metric_kd.errors import UserError
 from metric_kd.evaluation.metrics import titles
 from metric_kd.report.measured import Recipe
@@ -24,6 +26,9 @@ OWN = ("folder", "table")
 """Data sets that are the user's."""
 MACHINE = ("metric_kd", "python", "torch", "numpy", "device", "threads", "processes", "kernels", "search")
 """What of a run's environment is shown."""
+
+
+REIDENTIFICATION = {"rank1": "Rank-1", "rank5": "Rank-5", "rank10": "Rank-10", "mAP": "mAP"}
 
 
 @dataclass(frozen=True)
@@ -96,7 +101,7 @@ def names_of(paths: Sequence[Path]) -> list[str]:
 def recipe_of(found: Finished) -> Recipe:
     config, card = found.config, found.card
     images, classes = card["data"]["train"]
-    content = {k: v for k, v in config.items() if k not in RESUMABLE_KEYS - {"epochs"} and k != "seed"}
+    content = {k: v for k, v in config.items() if k not in SEED_KEYS}
     return Recipe(
         losses=tuple(card["losses"]),
         epochs=card["epochs"],
@@ -118,12 +123,29 @@ def accuracies(found: Finished) -> dict[str, float]:
     }
 
 
-def further_metrics(found: Finished) -> str:
-    """What the run measured beside Recall@K, in words; empty where there is nothing."""
-    metrics = found.card["metrics"]["best"]
-    known = {"rank1": "rank-1", "rank5": "rank-5", "rank10": "rank-10", "mAP": "mAP"}
-    rest = {key: value for key, value in metrics.items() if not key.startswith("recall@")}
-    return ", ".join(f"{known.get(key) or _title(key)} {100 * value:.1f}%" for key, value in rest.items())
+def further_metrics(found: Finished) -> dict[str, float]:
+    """{name for people: fraction} of what the run measured beside Recall@K of its embedding on its test images."""
+    metrics, known = found.card["metrics"]["best"], {**REIDENTIFICATION, **nested_keys_of(found.config)}
+    rest = {key: value for key, value in metrics.items() if not re.fullmatch(r"recall@\d+", key)}
+    named = {known.get(key) or _title(key): value for key, value in rest.items()}
+    elsewhere = {
+        f"Recall@{key.removeprefix('recall@')} on {entry}": value
+        for entry, values in (found.card.get("also") or {}).items()
+        for key, value in values.items()
+    }
+    return {**named, **elsewhere}
+
+
+def nested_keys_of(config: dict[str, Any]) -> dict[str, str]:
+    """Metric of a prefix of --nested -> its name, with what a vector then takes in float32."""
+    if not config.get("nested"):
+        return {}
+    lengths = [int(part) for part in str(config["nested"]).split(",")]
+    return {
+        key_of(f"recall@{k}", length): f"Recall@{k} of the first {length} numbers ({BYTES * length} bytes)"
+        for length in lengths
+        for k in config.get("recall", [1])
+    }
 
 
 def _title(key: str) -> str:

@@ -43,7 +43,7 @@ def _check_readable(queries: Sequence[str]) -> None:
         try:
             decode(query)
         except UserError as error:
-            reason = str(error).split("(", 1)[-1].rsplit(")", 1)[0]
+            reason = str(error).removeprefix(f"cannot read the image {query} (").partition("); repair")[0]
             raise UserError(f"cannot read the query {_shown(query)} ({reason}); give a whole image file.") from error
 
 

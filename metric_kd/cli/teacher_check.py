@@ -39,8 +39,13 @@ def warnings_of(session: Session) -> list[str]:
 
 def of_embeddings(vectors: Tensor, losses: list[LossSpec], normalised: bool) -> list[str]:
     """What is doubtful of (N, E) embeddings of the teacher, N > 1, for a student whose embeddings have length 1 or not."""
-    found = []
     count, width = vectors.shape
+    lost = int((~vectors.isfinite().all(1)).sum())
+    if lost:  # of which nothing can be measured
+        return [
+            f"the teacher's embeddings of {lost} of {count} training images are not finite; look at how the teacher was trained"
+        ]
+    found = []
     rank, most = effective_rank(vectors), min(width, count - 1)
     if rank < COLLAPSED * most:
         found.append(
@@ -75,15 +80,13 @@ def _sample(session: Session) -> Tensor:
     rows = np.random.default_rng(0).permutation(len(loader))[:SAMPLE]
     parts: list[Tensor] = []
     for part in np.array_split(rows, -(-len(rows) // session.config.batch)):
-        part = np.sort(part)
-        views = np.zeros(len(part), dtype=np.int64) if loader.views is not None else None
-        batch = loader.fixed(part, views).to(session.device)
+        batch = loader.first_view(np.sort(part)).to(session.device)
         with torch.inference_mode():
             if isinstance(teacher, StoredTeacher):
                 said = teacher.outputs_of(batch, ("embedding",))
             else:
                 assert teacher is not None
-                said = teacher(batch.images if batch.teacher_images is None else batch.teacher_images, ("embedding",))
+                said = teacher(batch.seen_by_teacher, ("embedding",))
         assert said.embedding is not None
         parts.append(said.embedding.float().cpu())
         if time.monotonic() - started > SECONDS and sum(map(len, parts)) > 2:

@@ -107,7 +107,7 @@ def _embedded(
     rank, world = distributed.rank(), distributed.world_size()
     batches = loader.test(config.batch, (rank, world))
     if teacher:
-        batches = (b if b.teacher_images is None else b._replace(images=b.teacher_images) for b in batches)
+        batches = (batch._replace(images=batch.seen_by_teacher) for batch in batches)
     total = -(-len(loader.records) // (config.batch * world))
     return embed(
         network, batches, device=device, precision=config.precision, progress=title, total=total, shared=True
@@ -130,6 +130,8 @@ def refusals(config: RunConfig) -> list[str]:
         "classifier": config.classifier,
         "train_classes": config.train_classes is not None,
         "metrics": config.metrics,
+        "recall": config.recall != DistillConfig().recall,
+        "labels": config.labels != DistillConfig().labels,
     }
     sentences += [f"--unlabelled knows no classes; leave --{flag} out." for flag, given in classes.items() if given]
     sentences += [

@@ -80,7 +80,7 @@ def _sizes(config: RunConfig) -> list[str]:
         if getattr(config, key) is not None and getattr(config, key) < 1:
             sentences.append(f"--{key} is {getattr(config, key)}; give 1 or more.")
     by_class = config.task == "embedding" and not isinstance(config, GranularityConfig)
-    by_class = by_class and not unlabelled.is_unlabelled(config)
+    by_class = by_class and not (unlabelled.is_unlabelled(config) or is_evaluation(config))
     key = "batch" if config.relation_batch is None else "relation_batch"
     drawn = getattr(config, key)
     if by_class and config.num_image_per_class >= 1 and drawn <= config.num_image_per_class:

@@ -26,6 +26,14 @@ def unreadable(path: str, reason: object) -> UserError:
     return UserError(f"cannot read the image {path} ({reason}); repair or remove it, or use --skip_unreadable.")
 
 
+def state_of(path: str) -> os.stat_result:
+    """Size and times of an image file; raises ``UserError`` that names one that cannot be read."""
+    try:
+        return os.stat(path)
+    except OSError as error:
+        raise unreadable(path, error.strerror or error) from error
+
+
 def check_header(path: str) -> None:
     """Raise ``UserError`` where a file is missing, empty or not an image by its first bytes; this reads 16 of them."""
     try:

@@ -1,7 +1,7 @@
 """ImageLoader: records and geometry to uint8 batches, from memory, from files or from a pack."""
 
 import signal
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from functools import partial
@@ -68,13 +68,13 @@ class _Agenda:
     """The requests of the epoch at hand; a sampler that persistent workers ask again every epoch."""
 
     def __init__(self) -> None:
-        self.requests: Iterable[Request] = ()
+        self.requests: Sequence[Request] = ()
 
     def __iter__(self) -> Iterator[Request]:
         return iter(self.requests)
 
     def __len__(self) -> int:
-        return len(list(self.requests))
+        return len(self.requests)
 
 
 def _start_worker(_: int) -> None:
@@ -150,10 +150,11 @@ class ImageLoader:
                 raise UserError(f"the images of {self.records.name} are in memory already; leave the pack out.")
             assert self.records.pixels is not None
             return MemoryImages(self.records.pixels, self.geometry)
-        located = None if pack is None else pack.of(paths, side_of(paths, self.geometry))
+        side = side_of(paths, self.geometry)
+        located = None if pack is None else pack.of(paths, side)
         if located is not None:
             return self._from_pack(located, skip)
-        pixels = self._from_files(skip, progress)
+        pixels = self._from_files(side, skip, progress)
         if pixels is not None:
             return MemoryImages(pixels, self.geometry)
         assert self.records.paths is not None
@@ -168,12 +169,11 @@ class ImageLoader:
         self._keep(good)
         return PackImages(located._replace(rows=located.rows[good]))
 
-    def _from_files(self, skip: bool, progress: bool) -> np.ndarray | None:
-        """The pixels where the images are small, else None."""
+    def _from_files(self, side: int, skip: bool, progress: bool) -> np.ndarray | None:
+        """The pixels where the images are small, ``side`` px each, else None."""
         paths = self.records.paths
         assert paths is not None
         small = self.geometry.side <= MEMORY_SIDE
-        side = side_of(paths, self.geometry)
         pixels = np.empty((len(paths), side, side, 3), dtype=np.uint8) if small else None
         read: Callable[[str], object]
         if small:
@@ -216,7 +216,10 @@ class ImageLoader:
 
     def example(self, count: int) -> Batch:
         """The first ``count`` images: their test view or, of a loader with fixed views, their first."""
-        rows = np.arange(min(count, len(self)))
+        return self.first_view(np.arange(min(count, len(self))))
+
+    def first_view(self, rows: np.ndarray) -> Batch:
+        """The test view of each of the rows or, of a loader with fixed views, the first."""
         return self.fixed(rows, None if self.views is None else np.zeros_like(rows))
 
     def fixed(self, rows: np.ndarray, views: np.ndarray | None) -> Batch:
@@ -233,6 +236,7 @@ class ImageLoader:
     def forget_teacher(self) -> None:
         """From now on batches are the student's alone; what the student sees stays the same. Not within an epoch."""
         self._batches.seen_by = Geometry(self.geometry.input_size)
+        self.close()  # the workers have a copy of what was
 
     def close(self) -> None:
         """Stop the workers now. Left to the garbage collector, they may take ten seconds to notice."""

@@ -177,10 +177,7 @@ class Pack:
                     f"{path} is not in {self.file}, a pack of {self.dataset}: it was added since, or the pack is of other "
                     "data; make it again (metric-kd pack), give another, or use --pack auto."
                 )
-            try:
-                state = os.stat(path)
-            except OSError as error:
-                raise decode.unreadable(path, error.strerror or error) from error
+            state = decode.state_of(path)
             if (state.st_size, state.st_mtime_ns) != (sizes[row], modified[row]):
                 raise StalePack(
                     f"{path} has changed since {self.file} was made; make the pack again (metric-kd pack), or use "

@@ -13,6 +13,7 @@ import torch
 from tqdm import tqdm
 
 from metric_kd.data.pack import FORMAT, RESIZE, decode_resized, versions
+from metric_kd.durable import pwrite_all, sync_folder
 from metric_kd.errors import UserError
 
 BLOCK = 128
@@ -193,22 +194,22 @@ class Part:
 
     def _put(self, rows: range, block: "list[bytes | UserError]") -> None:
         start, readable = rows.start, bytes(not isinstance(found, UserError) for found in block)
-        _pwrite(self.handle, readable, self.offsets["readable"] + start)
+        pwrite_all(self.handle, readable, self.offsets["readable"] + start)
         if self.ends is None:
             size = self.side**2 * 3
             pixels = b"".join(bytes(size) if isinstance(found, UserError) else found for found in block)
-            _pwrite(self.handle, pixels, self.offsets["images"] + start * size)
+            pwrite_all(self.handle, pixels, self.offsets["images"] + start * size)
         else:
             assert self.jpeg is not None
             blobs = [b"" if isinstance(found, UserError) else found for found in block]
             begin = int(self.ends[start - 1]) if start else 0
             self.ends[start : rows.stop] = begin + np.cumsum([len(blob) for blob in blobs])
-            _pwrite(self.jpeg, b"".join(blobs), begin)
+            pwrite_all(self.jpeg, b"".join(blobs), begin)
             os.fsync(self.jpeg)
-            _pwrite(self.handle, self.ends[start : rows.stop].tobytes(), self.offsets["ends"] + 8 * start)
+            pwrite_all(self.handle, self.ends[start : rows.stop].tobytes(), self.offsets["ends"] + 8 * start)
         os.fsync(self.handle)  # the rows lie on the disk before the count that includes them
         self.written = rows.stop
-        _pwrite(self.handle, np.array([self.written], "<i8").tobytes(), self.offsets["written"])
+        pwrite_all(self.handle, np.array([self.written], "<i8").tobytes(), self.offsets["written"])
 
     def finish(self) -> None:
         """Give the whole pack its name."""
@@ -217,11 +218,7 @@ class Part:
             self._join(int(self.ends[-1]))
         os.replace(self.path, self.file)
         self.blobs.unlink(missing_ok=True)
-        folder = os.open(self.file.parent, os.O_RDONLY)
-        try:
-            os.fsync(folder)
-        finally:
-            os.close(folder)
+        sync_folder(self.file.parent)
 
     def _join(self, length: int) -> None:
         """``file.part`` with the JPEG images in it; only then does it replace the one without."""
@@ -243,20 +240,12 @@ class Part:
         os.replace(self.whole, self.path)
 
 
-def _pwrite(handle: int, data: bytes, offset: int) -> None:
-    """All of ``data``; a full disk raises OSError."""
-    view = memoryview(data)
-    while view:
-        count = os.pwrite(handle, view, offset)
-        view, offset = view[count:], offset + count
-
-
 def _write(path: Path, pieces: "dict[int, bytes]") -> None:
     """Bytes at offsets of a file, on the disk when this returns."""
     handle = os.open(path, os.O_RDWR)
     try:
         for offset, data in pieces.items():
-            _pwrite(handle, data, offset)
+            pwrite_all(handle, data, offset)
         os.fsync(handle)
     finally:
         os.close(handle)

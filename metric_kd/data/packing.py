@@ -36,10 +36,7 @@ def _source(parts: Sequence[ImageRecords]) -> Source:
     number = {name: k for k, name in enumerate(class_names)}
     sizes, modified = (np.empty(len(paths), dtype=np.int64) for _ in range(2))
     for k, path in enumerate(paths):
-        try:
-            state = os.stat(path)
-        except OSError as error:
-            raise decode.unreadable(path, error.strerror or error) from error
+        state = decode.state_of(path)
         sizes[k], modified[k] = state.st_size, state.st_mtime_ns
     names = [path[len(base) :].lstrip(os.sep) for path in paths]
     labels = np.array([number[label] for label in label_of.values()], dtype=np.int64)

@@ -73,8 +73,8 @@ class Vectors(NamedTuple):
 def read_vectors(file: "str | Path") -> Vectors:
     """The vectors in ``file`` and their paths in the table of the same name beside it (header ``path``).
 
-    Raises ``UserError`` where either is missing or no such file, they are of different lengths, a path stands there twice,
-    or a number is not finite.
+    Raises ``UserError`` where either is missing or no such file, they are of different lengths, a path is empty or stands
+    there twice, or a number is not finite.
     """
     file = Path(file)
     values, names = _values(file), _names(file.with_suffix(".csv"))
@@ -119,11 +119,21 @@ def _values(file: Path) -> np.ndarray:
 def _names(file: Path) -> "list[str]":
     if not file.is_file():
         raise UserError(f"{file} does not exist; write the paths of the images there, below the header `path`.")
-    with file.open(newline="", encoding="utf-8") as lines:
-        table = csv.DictReader(lines)
-        if "path" not in (table.fieldnames or []):
-            raise UserError(f"{file} has no column `path`; write that header above the paths of the images.")
-        return [_slashes(os.path.normpath(line["path"] or "")) for line in table]
+    try:
+        with file.open(newline="", encoding="utf-8-sig") as lines:
+            table = csv.DictReader(lines)
+            if "path" not in (table.fieldnames or []):
+                raise UserError(f"{file} has no column `path`; write that header above the paths of the images.")
+            names = []
+            for line in table:
+                if not (line["path"] or "").strip():
+                    raise UserError(
+                        f"{file}, row {table.line_num} has no path; write that of its image, or remove the row and its vector."
+                    )
+                names.append(_slashes(os.path.normpath(line["path"])))
+            return names
+    except (UnicodeDecodeError, csv.Error) as error:
+        raise UserError(f"{file} is no UTF-8 CSV file ({error}); save it as one.") from error
 
 
 def _chunks(values: np.ndarray) -> "list[np.ndarray]":

@@ -14,6 +14,7 @@ No member is pickled, none depends on the clock: the same content is the same fi
 """
 
 import contextlib
+import glob
 import json
 import os
 import zipfile
@@ -26,6 +27,7 @@ import numpy as np
 
 from metric_kd.deploy.factory import Factory, parse_factory
 from metric_kd.deploy.vector_index import Approximate, Flat, VectorIndex, check_faiss
+from metric_kd.engine.checkpoint import write_atomically
 from metric_kd.errors import UserError
 from metric_kd.evaluation.search import load_faiss
 
@@ -86,23 +88,14 @@ class IndexFile:
 
 
 def write_index(path: Path, content: IndexFile) -> None:
-    """Write the file under another name, flush it to the disk, and rename it; a reader sees the old one or the new one."""
-    new = temporary(path)
-    with new.open("wb") as file:
-        _write(file, content)
-        file.flush()
-        os.fsync(file.fileno())
-    os.replace(new, path)
-    folder = os.open(path.parent, os.O_RDONLY)
-    try:
-        os.fsync(folder)
-    finally:
-        os.close(folder)
+    """Write the file whole; a reader sees the old one or the new one."""
+    write_atomically(path, lambda file: _write(file, content))
 
 
-def temporary(path: Path) -> Path:
-    """Where a file is written before it gets its name; what a killed process left there is written over."""
-    return path.with_name(f".{path.name}.new")
+def sweep_beside(path: Path) -> None:
+    """Remove what killed processes left of :func:`write_atomically` on this path; for the one process that writes it."""
+    for half_written in path.parent.glob(f".{glob.escape(path.name)}.{'?' * 8}.part"):
+        half_written.unlink(missing_ok=True)
 
 
 def _write(file: BinaryIO, content: IndexFile) -> None:

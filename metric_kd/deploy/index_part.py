@@ -3,12 +3,15 @@
 import json
 import os
 from pathlib import Path
+from typing import BinaryIO
 
 import numpy as np
 from tqdm import tqdm
 
 from metric_kd.deploy.index_file import Files
 from metric_kd.deploy.model import Model
+from metric_kd.durable import pwrite_all
+from metric_kd.engine.checkpoint import write_atomically
 from metric_kd.errors import UserError
 
 MAGIC = b"metric_kd part 1"
@@ -50,7 +53,7 @@ class Part:
         except (OSError, ValueError, KeyError):
             return None
         if header != self.header:
-            other = "folder" if header.get("digest") == self.model.digest else "model or precision"
+            other = "folder" if header.get("images") != self.root else "model or precision"
             raise UserError(
                 f"{self.path} holds unfinished work with another {other}; finish it with the command that began it, or "
                 "remove it."
@@ -76,15 +79,14 @@ class Part:
         }
         header = json.dumps({**self.header, **lists}).encode()
         start = MAGIC + np.array([len(done), len(header)], "<i8").tobytes() + header
-        new = self.path.with_name(f".{self.path.name}.new")
-        with new.open("wb") as file:
+
+        def write(file: BinaryIO) -> None:
             file.write(start + bytes(-len(start) % _PAGE))
             for k in done:
                 assert there is not None
                 file.write(there[1][known[keys[k]]].tobytes())
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(new, self.path)
+
+        write_atomically(self.path, write)
 
     def fill(self, batch: int, skip_unreadable: bool, progress: bool) -> None:
         """Embed and write all rows that are missing, block by block, in the batches of an undisturbed command."""
@@ -111,10 +113,10 @@ class Part:
         return rows
 
     def _put(self, start: int, rows: np.ndarray) -> None:
-        _pwrite(self.handle, rows.tobytes(), self.offset + start * self.row)
+        pwrite_all(self.handle, rows.tobytes(), self.offset + start * self.row)
         os.fsync(self.handle)  # the rows lie on the disk before the count that includes them
         self.written = start + len(rows)
-        _pwrite(self.handle, np.array([self.written], "<i8").tobytes(), len(MAGIC))
+        pwrite_all(self.handle, np.array([self.written], "<i8").tobytes(), len(MAGIC))
         os.fsync(self.handle)
 
     def result(self) -> tuple[Files, np.ndarray, list[str]]:
@@ -132,9 +134,7 @@ def part_of(file: Path) -> Path:
 
 def remove_part(file: Path) -> None:
     """Forget unfinished work."""
-    part = part_of(file)
-    for path in (part, part.with_name(f".{part.name}.new")):
-        path.unlink(missing_ok=True)
+    part_of(file).unlink(missing_ok=True)
 
 
 def _head(path: Path) -> tuple[int, int, dict]:
@@ -152,11 +152,3 @@ def _rows(path: Path, offset: int, count: int, dimensions: int) -> np.ndarray:
     if count == 0:
         return np.empty((0, dimensions), np.float32)
     return np.memmap(path, np.float32, "c", offset, (count, dimensions))  # "c": torch wants what could be written
-
-
-def _pwrite(handle: int, data: bytes, offset: int) -> None:
-    """All of ``data``; a full disk raises OSError."""
-    view = memoryview(data)
-    while view:
-        count = os.pwrite(handle, view, offset)
-        view, offset = view[count:], offset + count

@@ -8,11 +8,11 @@ from pathlib import Path
 
 import numpy as np
 
-from metric_kd.data.decode import check_header, unreadable
+from metric_kd.data.decode import check_header, state_of
 from metric_kd.deploy.embedder import images_in
 from metric_kd.deploy.factory import EXACT_CODES_UP_TO, Factory, check_factory, choose_factory, parse_factory
-from metric_kd.deploy.index_file import About, Files, IndexFile, read_index, temporary, write_index
-from metric_kd.deploy.index_part import Part, remove_part
+from metric_kd.deploy.index_file import About, Files, IndexFile, read_index, sweep_beside, write_index
+from metric_kd.deploy.index_part import Part, part_of, remove_part
 from metric_kd.deploy.model import Model
 from metric_kd.deploy.vector_index import VectorIndex, build, check_faiss
 from metric_kd.errors import UserError
@@ -68,7 +68,8 @@ def make_index(
     about = _about(model, root, precision, factory, keep_vectors)
     try:
         with alone(file, f"another process is writing {file}; wait for it, or give another --out."):
-            temporary(file).unlink(missing_ok=True)
+            for path in (file, part_of(file)):
+                sweep_beside(path)
             old = read_index(file) if file.exists() else None
             if old is not None:
                 _check_same(old.about, about, file)
@@ -133,7 +134,7 @@ def _make(
     now = set(keys)
     keep = np.array([] if old is None else [key in now for key in old.files.identities()], bool)
     todo = listed.select(np.array([k for k, key in enumerate(keys) if key not in before], np.int64))
-    if about.asked != "auto":
+    if about.asked != "auto" and not keep.any():  # or else nothing is trained
         check_factory(parse_factory(about.asked), len(keys), about.dimensions)
     if not skip_unreadable:
         for name in todo.names:
@@ -214,12 +215,7 @@ def _resolved(about: About, count: int, notes: list[str]) -> Factory:
 def _listed(root: str) -> Files:
     """The image files below a folder as they are now."""
     paths = images_in(root)
-    states = []
-    for path in paths:
-        try:
-            states.append(os.stat(path))
-        except OSError as error:
-            raise unreadable(path, error.strerror or error) from error
+    states = [state_of(path) for path in paths]
     sizes = np.array([state.st_size for state in states], np.int64)
     modified = np.array([state.st_mtime_ns for state in states], np.int64)
     return Files([os.path.relpath(path, root) for path in paths], sizes, modified)

@@ -1,4 +1,4 @@
-"""open_model: a run, a checkpoint or an exported file as one thing that embeds, with a digest to know it by."""
+"""open_model: a run, a checkpoint or an exported .onnx file as one thing that embeds, with a digest to know it by."""
 
 import hashlib
 import json
@@ -37,9 +37,14 @@ class Model(NamedTuple):
 
 
 def open_model(path: "str | Path", device: str = "cpu", precision: str = "fp32", bridge: bool = False) -> Model:
-    """bridge: through the one that is stored with a student. Raises ``UserError`` as :func:`metric_kd.load` does, and for an
-    exported file with a bridge to add or in another precision than its own."""
+    """path: a run, a checkpoint or an exported .onnx file; bridge: through the one that is stored with a student.
+
+    Raises ``UserError`` as :func:`metric_kd.load` does, and for an exported file that is a program, with a bridge to add, or
+    in another precision than its own.
+    """
     path = Path(path)
+    if path.suffix == ".pt2":
+        raise UserError(f"{path} is a program, which an index does not open; give the run, or export it --to onnx.")
     if path.suffix == ".onnx":
         if precision != "fp32":
             raise UserError(f"--precision {precision} is of networks; an exported file has its own, leave it out.")

@@ -26,8 +26,8 @@ class Hit(NamedTuple):
 class Searcher:
     """``Searcher("photos.index").search("query.jpg", k=5)``; safe to call from several threads.
 
-    file: what ``metric-kd index`` wrote. model: the run, checkpoint or exported file that embeds queries: the one that the
-    index remembers (the default), where it has moved, or a student of it that shares its space, by its losses (preset
+    file: what ``metric-kd index`` wrote. model: the run, checkpoint or exported .onnx file that embeds queries: the one that
+    the index remembers (the default), where it has moved, or a student of it that shares its space, by its losses (preset
     compatible) or with ``bridge`` through its stored bridge; vectors need none. images: the folder of the images, where it
     has moved.
 

@@ -202,8 +202,8 @@ class CodedTeacher(nn.Module):
         self.eval().requires_grad_(False)
 
     @property
-    def pixel_scale(self) -> Tensor:
-        return self.network.pixel_scale
+    def rgb_scale(self) -> Tensor:
+        return self.network.rgb_scale
 
     def forward(self, images: Tensor, want: tuple[str, ...] = ("embedding",)) -> Output:
         """As :class:`Network`, with ``codes`` where they are wanted."""

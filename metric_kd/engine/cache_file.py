@@ -12,6 +12,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
+from metric_kd.durable import sync_folder
 from metric_kd.errors import UserError
 
 FORMAT = "metric_kd teacher cache 1"
@@ -114,11 +115,7 @@ class Part:
         """Give the whole cache its name."""
         self.save()
         os.replace(self.path, self.file)
-        folder = os.open(self.file.parent, os.O_RDONLY)
-        try:
-            os.fsync(folder)
-        finally:
-            os.close(folder)
+        sync_folder(self.file.parent)
 
     def _write(self, offset: int, values: np.ndarray) -> None:
         self._try(lambda: self.handle.seek(offset))

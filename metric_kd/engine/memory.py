@@ -8,7 +8,8 @@ import torch
 
 from metric_kd.distributed import world_size
 from metric_kd.engine.optimisation import Settings
-from metric_kd.engine.tasks import Task
+from metric_kd.engine.replay import tensors
+from metric_kd.engine.tasks import Solo, Task
 from metric_kd.types import Batch
 
 
@@ -23,7 +24,7 @@ def is_out_of_memory(error: BaseException) -> bool:
 def way_out(task: Task, batch: Batch, optimizer: torch.optim.Optimizer, settings: Settings) -> str:
     """What to do where a step over this batch, or over several like it, was out of memory, in one sentence."""
     if world_size() > 1:  # the others would wait for every attempt
-        return out_of_memory(len(batch.labels), world_size())
+        return out_of_memory(len(batch.labels), world_size(), settings.chunk)
     if settings.chunk:
         return chunk_that_fits(task, batch, settings.chunk, optimizer)
     return batch_that_fits(task, batch, optimizer, settings.accumulate)
@@ -48,22 +49,34 @@ def batch_that_fits(task: Task, batch: Batch, optimizer: torch.optim.Optimizer, 
 
 def chunk_that_fits(task: Task, batch: Batch, chunk: int, optimizer: torch.optim.Optimizer) -> str:
     """The same where the networks took ``chunk`` images of the batch at a time: whether that was too much, or the rest."""
-    if not fits(task, batch, chunk, optimizer):
-        return batch_that_fits(task, Batch(*(None if t is None else t[:chunk] for t in batch)), optimizer)  # type: ignore[arg-type]
-    return (
-        f"a step over {len(batch.labels)} images is out of memory, though the networks take {chunk} at a time: what they give "
-        "of all of them is too large; lower --relation_batch."
-    )
+    if fits(task, batch, chunk, optimizer, networks=True):
+        return (
+            f"a step over {len(batch.labels)} images is out of memory, though the networks take {chunk} at a time: what they "
+            "give of all of them is too large; lower --relation_batch."
+        )
+    smaller = [count for count in range(chunk // 2, 1, -1) if chunk % count == 0]  # which divide --relation_batch too
+    for tried in smaller:  # down to 2: batch normalisation cannot train on one
+        if fits(task, batch, tried, optimizer, networks=True):
+            return (
+                f"the networks are out of memory over {chunk} images and not over {tried}; run with --batch {tried} and the "
+                "same --relation_batch."
+            )
+    least = f" and over {smaller[-1]}" if smaller else ""
+    return f"the networks are out of memory over {chunk} images{least}; use a smaller --base, --input_size or --batch."
 
 
-def fits(task: Task, batch: Batch, count: int, optimizer: torch.optim.Optimizer) -> bool:
-    """Whether there is memory for the gradient of the first ``count`` images of a batch."""
+def fits(task: Task, batch: Batch, count: int, optimizer: torch.optim.Optimizer, networks: bool = False) -> bool:
+    """Whether there is memory for the gradient of the first ``count`` images of a batch; networks: of what the networks give
+    of them, without the losses."""
     optimizer.zero_grad(set_to_none=True)
     if batch.images.device.type == "cuda":
         torch.cuda.empty_cache()
+    part = Batch(*(None if t is None else t[:count] for t in batch))  # type: ignore[arg-type]
     try:
-        total, _ = task(Batch(*(None if t is None else t[:count] for t in batch)))  # type: ignore[arg-type]
-        total.backward()
+        if networks:
+            _through_networks(task, part)
+        else:
+            task(part)[0].backward()
     except (RuntimeError, MemoryError) as error:
         if not is_out_of_memory(error):
             raise
@@ -71,8 +84,23 @@ def fits(task: Task, batch: Batch, count: int, optimizer: torch.optim.Optimizer)
     return True
 
 
-def out_of_memory(share: int, processes: int) -> str:
-    """The same of one process among several, which cannot try alone; ``share``: its part of the batch."""
+def _through_networks(task: Task, part: Batch) -> None:
+    """What :class:`~metric_kd.engine.replay.Replay` does with a chunk; any loss has a gradient in all that is given."""
+    assert isinstance(task, Solo)
+    task.teacher_output(part)
+    given = [t for t in tensors(task.student_output(part)) if t.requires_grad]
+    if given:
+        torch.autograd.backward(given, [torch.ones_like(t) for t in given])
+
+
+def out_of_memory(share: int, processes: int, chunk: int = 0) -> str:
+    """The same of one process among several, which cannot try alone; ``share``: its part of the batch; chunk: as in
+    ``Settings``, 0 where the networks take all of it at once."""
+    if chunk:
+        return (
+            f"a step over {share * processes} images, of which each of {processes} processes takes {chunk} at a time, is out of "
+            "memory; use more processes or a smaller --base, --input_size, --batch or --relation_batch."
+        )
     return (
         f"a batch of {share * processes}, {share} on each of {processes} processes, is out of memory; use more processes or a "
         "smaller --base, --input_size or --batch, of which --accumulate takes several for a step."

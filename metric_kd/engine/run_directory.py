@@ -1,7 +1,6 @@
 """One run, one directory: what lies in it, who may write it, and what a second start finds there."""
 
 import contextlib
-import fcntl
 import json
 import os
 import shutil
@@ -15,6 +14,7 @@ import yaml
 from metric_kd.engine.checkpoint import read_checkpoint, sweep, write_text
 from metric_kd.engine.weight_record import remove_record
 from metric_kd.errors import UserError
+from metric_kd.locks import alone
 
 RESUMABLE_KEYS = frozenset(
     {
@@ -33,6 +33,8 @@ RESUMABLE_KEYS = frozenset(
     }
 )
 """Config keys that may differ between the start of a run and its continuation."""
+SEED_KEYS = (RESUMABLE_KEYS - {"epochs"}) | {"seed", "student_init"}
+"""Config keys in which two runs may differ that are seeds of one another; compare gives each seed a start of its own."""
 
 
 def check_folder(path: Path, flag: str) -> None:
@@ -65,8 +67,8 @@ class RunDirectory:
     def check_writable(self) -> None:
         """Raise ``UserError`` where the directory could not be written, leaving nothing behind."""
         if self.path.exists() and not self.path.is_dir():
-            raise UserError(f"--save_dir {self.path} is a file; give a folder.")
-        check_folder(self.path, "--save_dir")
+            raise UserError(f"{self.flag} {self.path} is a file; give a folder.")
+        check_folder(self.path, self.flag)
 
     def check_config(self, config: dict[str, Any]) -> None:
         """Refuse to continue a run that was started with another config, naming the first differing key."""
@@ -138,6 +140,7 @@ class RunDirectory:
             self.path / "analysis.json",
             self.path / "cka.png",
             self.path / "evidence.json",
+            self.path / "compatibility.json",
             *self.path.glob("peer*.pth"),
         ):
             file.unlink(missing_ok=True)
@@ -156,22 +159,11 @@ class RunDirectory:
 
     @contextlib.contextmanager
     def locked(self) -> Iterator[None]:
-        """Hold the directory for one process; a second one is refused.
-
-        The lock dies with its process: unlike flock's, it is not handed to processes that decode images.
-        """
+        """Hold the directory for one process, also while others decode images for it; a second one is refused."""
         self.path.mkdir(parents=True, exist_ok=True)
-        handle = os.open(self.path / ".lock", os.O_CREAT | os.O_RDWR, 0o644)
-        try:
-            try:
-                fcntl.lockf(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            except OSError as error:
-                raise UserError(
-                    f"another process is writing {self.path}; wait for it or give another {self.flag}."
-                ) from error
+        refusal = f"another process is writing {self.path}; wait for it or give another {self.flag}."
+        with alone(self.path, refusal, self.path / ".lock"):
             yield
-        finally:
-            os.close(handle)
 
     def finished(self, epochs: int) -> str | None:
         """The text of result.txt where the run has reached this many epochs, else None.

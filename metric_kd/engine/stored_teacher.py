@@ -18,9 +18,9 @@ class StoredTeacher:
     """A teacher without a network: neither a module nor in any state dict, it only answers for known images.
 
     fields: name -> (M, V, D) floating point, row by row what was said of the V fixed views; rows: (N,) which of the M is
-    each of the N training images, default in order. With V = 1 whatever is shown of an image has the same answer. digest:
-    of the teacher's weights or vectors; about: what a run records of it; held_out: name of a loader -> (H, D) embeddings
-    of the test view of its images.
+    each of the N training images, default in order. With V = 1 whatever is shown of an image has the same answer. about:
+    what a run records of it, the digest of its weights or vectors under "teacher"; held_out: name of a loader -> (H, D)
+    embeddings of the test view of its images.
     """
 
     def __init__(

@@ -128,12 +128,10 @@ class Solo(Task):
             student = outputs_for(self.student, example.images, wanted)
             teacher = self._teach(example, taught)
             if isinstance(self.teacher, nn.Module) and teacher is not None:
-                scale = self.teacher.pixel_scale.to(example.images.device)
-                bgr = self.teacher.spec.pixels is not None and self.teacher.spec.pixels.bgr
                 self._pair = Pair(
                     AtPrecision(self.student, self.precision),
                     AtPrecision(self.teacher, self.precision),
-                    scale.flip(1) if bgr else scale,
+                    self.teacher.rgb_scale.to(example.images.device),
                     (example.labels if labels is None else labels).to(example.images.device),
                     num_classes,
                     student,
@@ -206,9 +204,8 @@ class Solo(Task):
             return None
         if isinstance(self.teacher, StoredTeacher):
             return self.teacher.outputs_of(batch, needs)
-        images = batch.images if batch.teacher_images is None else batch.teacher_images
         with torch.set_grad_enabled(graph):
-            return self.running(self.teacher)(images, want=needs)
+            return self.running(self.teacher)(batch.seen_by_teacher, want=needs)
 
 
 def outputs_for(network: Network, images: Tensor, want: tuple[str, ...]) -> Output:

@@ -4,13 +4,14 @@ Layout (format "metric_kd teacher cache 1"), every data set contiguous float32 a
 
     embedding, and logits where a loss reads them     (N, V, D): rows of the training images, by their number and view
     NAME/embedding                                    (H, 1, D): the test view of images that are held out
-    written                                           int64 per group of images: the rows that are in the file
-    attributes: the manifest, everything that decides the numbers (:func:`manifest`)
+    written, lengths                                  (1 + held out,) int64: of each group of images, the rows that are in
+                                                      the file and all of its rows; the same in a whole cache
+    attributes: the manifest, everything that decides the numbers (:func:`manifest`); fields, what is stored of the
+    teacher's output, between spaces; made_by (JSON), the machine and the versions that it was made with
 """
 
 import hashlib
 import json
-import os
 from collections.abc import Mapping
 from contextlib import ExitStack, closing
 from pathlib import Path
@@ -62,7 +63,7 @@ class Teacher(NamedTuple):
 
     def say(self, batch: Batch) -> dict[str, Tensor]:
         """field -> (n, D) float32 on the CPU, as in a training step. Raises ``UserError`` where it is not finite."""
-        images = (batch.images if batch.teacher_images is None else batch.teacher_images).to(self.device)
+        images = batch.seen_by_teacher.to(self.device)
         with torch.no_grad(), autocast(self.device, self.precision):
             output = self.network(images, want=self.fields)
         said = {field: getattr(output, field).float().cpu() for field in self.fields}
@@ -98,10 +99,7 @@ def _states(loaders: list[ImageLoader]) -> str:
     digest, files = hashlib.sha256(), 0
     for loader in loaders:
         for path in loader.records.paths or ():
-            try:
-                state = os.stat(path)
-            except OSError as error:
-                raise decode.unreadable(path, error.strerror or error) from error
+            state = decode.state_of(path)
             digest.update(f"{state.st_size} {state.st_mtime_ns} ".encode())
             files += 1
     return digest.hexdigest()[:16] if files else "in memory"

@@ -17,17 +17,12 @@ def neighbours_of(vectors: Tensor, k: int = NEIGHBOURS) -> Tensor:
     return find_neighbours(vectors, k=k, query_labels=vectors.new_zeros(len(vectors))).indices
 
 
-def neighbours_shared(student: Tensor, teacher: Tensor, k: int = NEIGHBOURS) -> float:
-    """(1/N) sum_n |S_n and T_n| / k, where S_n and T_n are the k nearest other images of image n for student and teacher.
-
-    student (N, D), teacher (N, D'): embeddings of the same images; a student that is a turned and scaled copy of the
-    teacher has 1, one that knows nothing k / (N - 1). Raises ``UserError`` for k or fewer images.
-    """
-    return share_of(neighbours_of(student, k), neighbours_of(teacher, k))
-
-
 def share_of(one: Tensor, other: Tensor) -> float:
-    """The mean share of a row of ``one`` (N, k) that is also in that row of ``other``, each without duplicates."""
+    """(1/N) sum_n |S_n and T_n| / k, where row n of ``one`` (N, k) is S_n, of ``other`` T_n, each without duplicates.
+
+    Of the neighbours of student and teacher: 1 where the student is a turned and scaled copy, k / (N - 1) where it knows
+    nothing. Raises ``ValueError`` for rows of other images.
+    """
     if one.shape != other.shape:
         raise ValueError(
             f"neighbours of shapes {tuple(one.shape)} and {tuple(other.shape)} are not of the same images."

@@ -1,7 +1,7 @@
 """What can be said of a student beside another network from their embeddings of the same test images: plain numbers."""
 
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -56,7 +56,8 @@ def compare(sides: Sides, class_names: Sequence[str], k: int = 10) -> dict[str, 
     queries, with interval and p of a permutation test; "agreement": of what both find, without labels: the share of the k
     nearest, rank-biased overlap of the first k (mean over queries, intervals) and linear CKA of the embeddings;
     "geometry": of each, hubness at k, effective rank and its largest value, alignment and uniformity; "classes": name ->
-    Recall@1 of both and the number of queries. None stands for what has no value.
+    Recall@1 of both, the number of queries, "agreement" (overlap and rank-biased overlap of its queries, CKA of its images)
+    and the "geometry" of its images (without hubness, which is of a whole gallery). None stands for what has no value.
 
     Raises ``UserError`` where the images differ or the gallery has fewer than k.
     """
@@ -65,9 +66,12 @@ def compare(sides: Sides, class_names: Sequence[str], k: int = 10) -> dict[str, 
     ours, theirs = (_neighbours(side, sides, k) for side in (sides.student, sides.teacher))
     hits = {"student": hits_at_k(ours), "teacher": hits_at_k(theirs)}
     test = paired(hits["student"], hits["teacher"])
+    shared = {
+        "overlap": neighbour_overlap(ours, theirs, k),
+        "rank_biased_overlap": rank_biased_overlap(ours, theirs, k=k),
+    }
     agreement = {
-        "overlap": _plain(bootstrap(neighbour_overlap(ours, theirs, k))),
-        "rank_biased_overlap": _plain(bootstrap(rank_biased_overlap(ours, theirs, k=k))),
+        **{name: _plain(bootstrap(values)) for name, values in shared.items()},
         "cka": float(linear_cka(sides.student.vectors, sides.teacher.vectors)),
     }
     return {
@@ -78,10 +82,10 @@ def compare(sides: Sides, class_names: Sequence[str], k: int = 10) -> dict[str, 
         "difference": {**_plain(test.difference), "p": test.p},
         "agreement": agreement,
         "geometry": {
-            "student": _geometry(sides.student, ours, k),
-            "teacher": _geometry(sides.teacher, theirs, k),
+            "student": {"hubness": hubness(ours, k), **_geometry(sides.student)},
+            "teacher": {"hubness": hubness(theirs, k), **_geometry(sides.teacher)},
         },
-        "classes": _classes(hits, ours.query_labels, class_names),
+        "classes": _classes(sides, hits | shared, ours.query_labels, class_names),
     }
 
 
@@ -105,25 +109,42 @@ def _neighbours(side: Embeddings, sides: Sides, k: int) -> Neighbours:
     return evaluate_retrieval(side, [1, k], query=sides.query, gallery=sides.gallery)[1]
 
 
-def _geometry(side: Embeddings, neighbours: Neighbours, k: int) -> dict[str, float | None]:
+def _geometry(side: Embeddings) -> dict[str, float | None]:
     count, width = side.vectors.shape
     rows = torch.linspace(0, count - 1, min(count, PAIRS_OF)).long()
     return {
-        "hubness": hubness(neighbours, k),
         "effective_rank": effective_rank(side.vectors),
         "dimensions": width,
         "alignment": _number(alignment(side.vectors, side.labels)),
-        "uniformity": uniformity(side.vectors[rows]),
+        "uniformity": uniformity(side.vectors[rows]) if count > 1 else None,
     }
 
 
-def _classes(hits: dict[str, Tensor], labels: Tensor, names: Sequence[str]) -> dict[str, dict[str, float]]:
-    ours, theirs = (per_class(hits[name], labels) for name in ("student", "teacher"))
+def _classes(
+    sides: Sides, values: Mapping[str, Tensor], labels: Tensor, names: Sequence[str]
+) -> dict[str, dict[str, Any]]:
+    """values: name -> (Q,) of every query; labels: (Q,)."""
+    means = {name: per_class(of, labels) for name, of in values.items()}
     counts = labels.bincount(minlength=len(names)).tolist()
-    return {
-        names[label]: {"student": value, "teacher": theirs[label], "queries": counts[label]}
-        for label, value in ours.items()
-    }
+    found = {}
+    for label, recall in means["student"].items():
+        rows = (sides.student.labels == label).nonzero().flatten()
+        ours, theirs = (_rows_of(side, rows) for side in (sides.student, sides.teacher))
+        found[names[label]] = {
+            "student": recall,
+            "teacher": means["teacher"][label],
+            "queries": counts[label],
+            "agreement": {
+                **{name: means[name][label] for name in ("overlap", "rank_biased_overlap")},
+                "cka": _number(float(linear_cka(ours.vectors, theirs.vectors))) if len(rows) > 1 else None,
+            },
+            "geometry": {"student": _geometry(ours), "teacher": _geometry(theirs)},
+        }
+    return found
+
+
+def _rows_of(side: Embeddings, rows: Tensor) -> Embeddings:
+    return Embeddings(side.vectors[rows], side.labels[rows], side.indices[rows])
 
 
 def _plain(interval: Interval) -> dict[str, float | None]:

@@ -41,11 +41,7 @@ def compatibility(
     Raises ``UserError`` where the widths differ and no bridge closes the gap, or the images differ.
     """
     ours = student.vectors if bridge is None else bridge(student.vectors)
-    if ours.shape[1] != teacher.vectors.shape[1]:
-        raise UserError(
-            f"the student's embeddings have {ours.shape[1]} numbers and the teacher's {teacher.vectors.shape[1]}; fit a "
-            "bridge between them (--bridge ridge)."
-        )
+    check_widths(ours.shape[1], teacher.vectors.shape[1])
     moved = student._replace(vectors=unit_rows(ours) if unit else ours)
     pairs = ((student, student), (moved, teacher), (teacher, moved), (teacher, teacher))
     return {
@@ -54,6 +50,15 @@ def compatibility(
         )[0]
         for name, (asks, holds) in zip(PAIRS, pairs, strict=True)
     }
+
+
+def check_widths(student: int, teacher: int) -> None:
+    """Raise ``UserError`` where embeddings of these lengths cannot be compared."""
+    if student != teacher:
+        raise UserError(
+            f"the student's embeddings have {student} numbers and the teacher's {teacher}; fit a bridge between them "
+            "(--bridge ridge)."
+        )
 
 
 def verdict(matrix: Mapping[str, Mapping[str, float]], key: str = "recall@1", title: str = "Recall@1") -> str:

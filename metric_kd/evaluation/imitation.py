@@ -75,9 +75,8 @@ def evaluate_imitation(
     with eval_mode(student, teacher), torch.inference_mode(), autocast(device, precision):
         for batch in with_bar(batches, progress, total):
             batch = batch.to(device)
-            images = batch.images if batch.teacher_images is None else batch.teacher_images
             explained.add(
                 student(batch.images, want=(f"{LAYER}{ours}",)).taps[ours],
-                teacher(images, want=(f"{LAYER}{theirs}",)).taps[theirs],
+                teacher(batch.seen_by_teacher, want=(f"{LAYER}{theirs}",)).taps[theirs],
             )
     return explained.value()

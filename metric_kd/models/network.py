@@ -8,6 +8,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from metric_kd.distances import at_least_float32
 from metric_kd.errors import UserError, one_of
 from metric_kd.models.backbone import Backbone, Pixels
 from metric_kd.models.layers import LAYER, output_with_layers
@@ -165,23 +166,19 @@ class Network(nn.Module):
         assert features.pooled is not None
         embedding = logits = None
         if "embedding" in want:
-            embedding = _raise(features.pooled if self.linear is None else self.linear(features.pooled))
+            embedding = at_least_float32(features.pooled if self.linear is None else self.linear(features.pooled))
             if self.spec.l2normalize:
                 embedding = F.normalize(embedding, dim=1)
         if "logits" in want:
             assert self.classifier is not None
-            logits = _raise(self.classifier(features.pooled))
+            logits = at_least_float32(self.classifier(features.pooled))
         return Output(
             maps=features.maps if "maps" in want else None,
             preacts=features.preacts if "preacts" in want else None,
-            pooled=_raise(features.pooled) if "pooled" in want else None,
+            pooled=at_least_float32(features.pooled) if "pooled" in want else None,
             embedding=embedding,
             logits=logits,
         )
-
-
-def _raise(x: Tensor) -> Tensor:
-    return x.float() if x.dtype in (torch.float16, torch.bfloat16) else x
 
 
 def load_weights(network: nn.Module, state: Mapping[str, Tensor], *, strict: bool) -> list[str]:

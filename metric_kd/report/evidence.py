@@ -49,7 +49,7 @@ def merged_text(merged: Mapping[str, Any], reports: Sequence[Mapping[str, Any]])
     return "\n".join([*lines, *(f"note: {note}" for note in merged["notes"])])
 
 
-def _classes(classes: Mapping[str, Mapping[str, float]]) -> list[str]:
+def _classes(classes: Mapping[str, Mapping[str, Any]]) -> list[str]:
     def named(order: Sequence[str]) -> str:
         return ", ".join(
             f"{name} {100 * classes[name]['student']:.0f} (teacher {100 * classes[name]['teacher']:.0f})"
@@ -58,9 +58,12 @@ def _classes(classes: Mapping[str, Mapping[str, float]]) -> list[str]:
 
     by_recall = sorted(classes, key=lambda name: (classes[name]["student"], name))
     by_loss = sorted(classes, key=lambda name: (classes[name]["student"] - classes[name]["teacher"], name))
+    apart = sorted(classes, key=lambda name: (classes[name]["agreement"]["overlap"], name))
+    alike = ", ".join(f"{name} {classes[name]['agreement']['overlap']:.2f}" for name in apart[:SHOWN])
     lost = [name for name in by_loss if classes[name]["student"] < classes[name]["teacher"]]
     lines = [f"worst classes (Recall@1 in %): {named(by_recall)}", f"best classes: {named(by_recall[::-1])}"]
-    return [*lines, f"where the student lost most: {named(lost) or 'nowhere'}"]
+    lines.append(f"where the student lost most: {named(lost) or 'nowhere'}")
+    return [*lines, f"where the two agree least (share of the nearest): {alike}"]
 
 
 def _percent(interval: Mapping[str, float | None], sign: bool = False) -> str:

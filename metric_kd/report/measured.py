@@ -32,8 +32,9 @@ class Recipe:
 
 @dataclass(frozen=True)
 class Measured:
-    """One network. scores: metric, as people call it -> interval, the main one first. teacher: the title of its teacher on
-    the page. recipe: None for a network that is only a file.
+    """One network. scores: metric, as people call it -> interval, the main one first. further: what else its run measured,
+    as fractions: prefixes, other data sets. teacher: the title of its teacher on the page. recipe: None for a network that
+    is only a file.
 
     Of networks that embed: hits: (Q,), 1 where the first metric counts a query as found; found: the neighbours of every
     query; vectors: (N, D), labels: (N,) of all test images. None for classifiers.
@@ -49,6 +50,7 @@ class Measured:
     found: Neighbours | None = None
     vectors: Tensor | None = None
     labels: Tensor | None = None
+    further: Mapping[str, float] = field(default_factory=dict)
 
     @property
     def title(self) -> str:

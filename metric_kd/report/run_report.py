@@ -69,6 +69,7 @@ def _section(test: TestSet, several: bool) -> dict[str, Any]:
         "remarks": differences(test.networks),
         "curves": curves_of(test),
         "pareto": charts_of_cost(test),
+        "further": [network for network in test.networks if network.further],
         "embeds": any(network.hits is not None for network in test.networks),
     }
 

@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 import shutil
 
 import pytest
@@ -67,12 +68,28 @@ def test_the_stored_bridge_is_the_one_that_is_fitted_afterwards(student_run, tea
     assert matrices[1]["bridge"].startswith("ridge, fitted on ")
 
 
-def test_other_widths_take_a_bridge(image_folder, teacher_run, tmp_path, capsys):
+def test_other_widths_take_a_bridge(image_folder, teacher_run, tmp_path, capsys, monkeypatch):
     narrow = run(image_folder, teacher_run, tmp_path / "run", "--embedding_size", 8, "--dist_ratio", 1, "--epochs", 1)
     evaluate([str(narrow), "--against", str(teacher_run)])
     assert "bridge: ridge, fitted on" in capsys.readouterr().out
+    monkeypatch.setattr("metric_kd.cli.against.embedded", lambda *_: pytest.fail("refused before anything is embedded"))
     with pytest.raises(UserError, match="fit a bridge"):
         evaluate([str(narrow), "--against", str(teacher_run), "--bridge", "none"])
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    with pytest.raises(UserError, match="start it without torchrun"):
+        evaluate([str(narrow), "--against", str(teacher_run)])
+
+
+def test_a_teacher_without_a_description_is_what_the_run_says(student_run, image_folder, teacher_run, tmp_path, capsys):
+    """A plain state dict of another base than the student's."""
+    plain = tmp_path / "plain.pth"
+    torch.save(read_checkpoint(teacher_run)["model"], plain)
+    flags = ["--teacher_base", "resnet8:stem_stride=2", "--teacher_embedding_size", 16, "--embedding_size", 16]
+    taught = run(image_folder, plain, tmp_path / "run", *flags, "--dist_ratio", 1, "--epochs", 1)
+    for teacher in (plain, teacher_run):
+        evaluate([str(taught), "--against", str(teacher)])
+    first, second = re.findall(r"teacher-teacher .*", capsys.readouterr().out)
+    assert first == second
 
 
 def test_a_bridge_from_a_teacher_that_is_read(image_folder, teacher_run, tmp_path):
@@ -196,7 +213,7 @@ def test_help_names_the_flags_of_the_matrix(capsys):
 
 
 def test_a_report_says_in_words_what_was_measured_across(student_run):
-    assert "Recall@1 in the teacher's gallery " in further_metrics(finished(str(student_run)))
+    assert "Recall@1 in the teacher's gallery" in further_metrics(finished(str(student_run)))
 
 
 def test_the_preset_is_the_recipe_of_its_losses():

@@ -54,6 +54,14 @@ def test_two_runs_that_are_no_seeds_of_one_student(students, teacher_run, capsys
     assert "these runs differ in base, " in said and "same seed" in said
 
 
+def test_runs_of_different_length_are_no_seeds(students, image_folder, teacher_run, tmp_path, capsys):
+    run = tmp_path / "longer"
+    flags = ["--data", image_folder, "--teacher_load", teacher_run, "--save_dir", run, "--seed", 2, "--epochs", 3]
+    distill([*TINY, "--dist_ratio", "1", *map(str, flags)])
+    assert console(["evidence", str(students[0]), str(run)]) == 0
+    assert "these runs differ in epochs, so their spread" in capsys.readouterr().out
+
+
 def test_what_it_refuses(students, teacher_run, tmp_path, capsys):
     def refused(*words):
         assert console(["evidence", *map(str, words)]) == 2

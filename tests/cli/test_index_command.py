@@ -114,6 +114,7 @@ def test_bad_input_is_one_sentence(index, teacher_run, image_folder, tmp_path, c
     query = image_folder / "class00" / "00.png"
     (tmp_path / "diary.txt").write_text("my diary")
     (tmp_path / "empty").mkdir()
+    (tmp_path / "run.pt2").touch()
     make = ["index", teacher_run, "--images", image_folder, "--out", tmp_path / "i"]
     for words, text in [
         ([*make, "--factory", "HSNW32"], "did you mean 'HNSW32'?"),
@@ -123,6 +124,11 @@ def test_bad_input_is_one_sentence(index, teacher_run, image_folder, tmp_path, c
         ([*make[:-1], tmp_path / "diary.txt"], "is no index, or was damaged"),
         (["index", teacher_run, "--images", tmp_path / "empty", "--out", tmp_path / "i"], "holds no images"),
         (["index", tmp_path / "no.onnx", *make[2:]], "does not exist"),
+        (
+            ["index", tmp_path / "run.pt2", *make[2:]],
+            "run.pt2 is a program, which an index does not open; give the run",
+        ),
+        (["search", index, "--query", query, "--model", tmp_path / "run.pt2"], "or export it --to onnx."),
         (["search", index, "--query", query, "--k", "65"], "k is 65, but the index holds 64 images"),
         (["search", index, "--query", tmp_path / "diary.txt"], "cannot read the query"),
         (["search", index, "--query", tmp_path / "none.png"], "cannot read the query"),
@@ -133,7 +139,18 @@ def test_bad_input_is_one_sentence(index, teacher_run, image_folder, tmp_path, c
         (["search", tmp_path / "nothing", "--query", query], "does not exist; make it"),
     ]:
         assert text in refusal(capsys, *words), words
-    assert sorted(os.listdir(tmp_path)) == ["diary.txt", "empty"], "nothing is left behind"
+    assert sorted(os.listdir(tmp_path)) == ["diary.txt", "empty", "run.pt2"], "nothing is left behind"
+
+
+@pytest.mark.parametrize("name", ["photo (1).jpg", "a (b); repair (c).jpg"])
+def test_a_query_that_cannot_be_read_is_named_with_the_reason(index, tmp_path, capsys, name):
+    text = refusal(capsys, "search", index, "--query", tmp_path / name)
+    assert (
+        text
+        == f"error: cannot read the query {tmp_path / name} (No such file or directory); give a whole image file.\n"
+    )
+    (tmp_path / name).touch()
+    assert f"{name} (the file is empty); give" in refusal(capsys, "search", index, "--query", tmp_path / name)
 
 
 def test_killed_as_a_process_and_started_again_it_writes_the_same_file(teacher_run, image_folder, tmp_path):

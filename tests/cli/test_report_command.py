@@ -110,6 +110,38 @@ def test_a_teacher_that_was_trained_again_is_noticed(runs, teacher_run, tmp_path
     assert "teacher.pth is not the teacher that moved had" in text
 
 
+def test_a_teacher_with_coders_is_the_one_that_it_was(image_folder, teacher_run, tmp_path):
+    coders = [
+        "granularity",
+        "--teacher_load",
+        teacher_run,
+        "--save_dir",
+        tmp_path / "coders",
+        "--epochs",
+        1,
+        "--batch",
+        12,
+    ]
+    assert console([*map(str, coders), "--device", "cpu"]) == 0
+    flags = ["--granularity", "mag", "--granularity_load", tmp_path / "coders", "--dist_ratio", 1]
+    distill(
+        [
+            str(word)
+            for word in [
+                *TINY,
+                "--data",
+                image_folder,
+                "--teacher_load",
+                teacher_run,
+                *flags,
+                "--save_dir",
+                tmp_path / "s",
+            ]
+        ]
+    )
+    assert "trained again" not in report(tmp_path, tmp_path / "s", "--map", "none", "--images", "0")
+
+
 def test_other_test_images_are_another_part(runs, tmp_path):
     images = write_images(tmp_path / "images", classes=6, per_class=6, seed=3)
     train([*TINY, "--data", str(images), "--save_dir", str(tmp_path / "other")])
@@ -165,6 +197,36 @@ def test_bad_input_is_one_sentence(runs, tmp_path, capsys):
     ]:
         assert text in refusal(capsys, *words), words
     assert not list(tmp_path.glob("*.html"))
+
+
+def test_seeds_of_a_comparison_are_merged_although_each_has_its_own_start(image_folder, tmp_path):
+    for seed in (0, 1):
+        flags = ["--seed", seed, "--student_init", tmp_path / f"init{seed}.pth", "--save_dir", tmp_path / f"s{seed}"]
+        train([*TINY, "--data", str(image_folder), *map(str, flags)])
+    assert "Several seeds" in report(tmp_path, tmp_path / "s0", tmp_path / "s1")
+
+
+def test_prefixes_and_other_data_sets_stand_beside(image_folder, tmp_path):
+    other = write_images(tmp_path / "other", classes=6, per_class=6, seed=3)
+    flags = ["--nested", "2,4", "--also_eval", f"folder:{other}", "--recall", "1", "2", "--save_dir", tmp_path / "s"]
+    train([*TINY, "--data", str(image_folder), *map(str, flags)])
+    text = report(tmp_path, tmp_path / "s", "--map", "none", "--images", "0")
+    card = json.loads((tmp_path / "s" / "card.json").read_text())
+    found, also = card["metrics"]["best"], card["also"][f"folder:{other}"]
+    for name, value in [
+        ("Recall@1 of the first 2 numbers (8 bytes)", found["recall@1[:2]"]),
+        ("Recall@2 of the first 4 numbers (16 bytes)", found["recall@2[:4]"]),
+        (f"Recall@2 on folder:{other}", also["recall@2"]),
+    ]:
+        assert f"|{name}||{100 * value:.1f}|" in text
+
+
+def test_the_last_weights_of_a_run_may_teach_beside_its_best(image_folder, teacher_run, tmp_path):
+    run = tmp_path / "student"
+    flags = ["--teacher_load", teacher_run / "last.pth", "--dist_ratio", 1, "--save_dir", run]
+    distill([*TINY, "--data", str(image_folder), *map(str, flags)])
+    text = report(tmp_path, run, teacher_run)
+    assert "last.pth" in text and "student" in text
 
 
 def test_names_tell_runs_apart(tmp_path):

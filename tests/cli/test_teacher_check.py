@@ -34,6 +34,15 @@ def test_collapsed_dimensions(rank, says):
     assert few == [], "four directions are all that five images can show"
 
 
+def test_embeddings_that_are_not_finite():
+    vectors = drawn()
+    vectors[3, 5], vectors[7], vectors[7, 0] = float("nan"), float("inf"), float("nan")
+    found = of_embeddings(vectors, [parse_loss("dark_rank:1")], False)
+    assert found == [
+        "the teacher's embeddings of 2 of 300 training images are not finite; look at how the teacher was trained"
+    ]
+
+
 @pytest.mark.parametrize(
     "loss, normalised, says",
     [

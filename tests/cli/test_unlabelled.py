@@ -24,7 +24,7 @@ from metric_kd.data.records import ImageRecords
 from metric_kd.deploy.embedder import load
 from metric_kd.engine.checkpoint import read_checkpoint
 from metric_kd.errors import UserError
-from metric_kd.evaluation.agreement import neighbours_shared
+from metric_kd.evaluation.agreement import neighbours_of, share_of
 
 BARE = [*TINY[2:], "--unlabelled", "--loss", "rkd:1"]
 """TINY without its --dataset."""
@@ -63,6 +63,10 @@ def oracle(student: np.ndarray, teacher: np.ndarray, k: int = 10) -> float:
         return {m for _, m in sorted(gaps)[:k]}
 
     return float(np.mean([len(near(student, n) & near(teacher, n)) / k for n in range(len(student))]))
+
+
+def neighbours_shared(student, teacher):
+    return share_of(neighbours_of(student), neighbours_of(teacher))
 
 
 def test_neighbours_shared():
@@ -189,6 +193,8 @@ def test_a_dry_run_counts_images(pile, array, tmp_path, capsys):
         (["--classifier", "true"], "leave --classifier out"),
         (["--train_classes", "3"], "leave --train_classes out"),
         (["--metrics", "nmi"], "leave --metrics out"),
+        (["--recall", "1", "5"], "leave --recall out"),
+        (["--labels", "coarse"], "leave --labels out"),
         (["--mutual", "resnet8"], "leave --mutual out"),
         (["--imitate", "conv"], "leave --imitate out"),
         (["--select", "test"], "give --select val"),

@@ -133,3 +133,10 @@ def test_each_keeps_the_order_and_gives_errors_back(tmp_path, picture):
     stopped = decode.each(decode.decode, names, "test", progress=False)
     next(stopped)
     stopped.close()
+
+
+def test_the_state_of_a_file_that_is_not_there(tmp_path):
+    (tmp_path / "a.png").write_bytes(b"12345")
+    assert decode.state_of(str(tmp_path / "a.png")).st_size == 5
+    with pytest.raises(UserError, match=r"cannot read the image .*b\.png \(No such file or directory\); repair"):
+        decode.state_of(str(tmp_path / "b.png"))

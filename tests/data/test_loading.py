@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 import torch
 
-from metric_kd.data import ImageLoader, ImageRecords
+from metric_kd.data import ImageLoader, ImageRecords, loading
 from metric_kd.data.decode import decode
 from metric_kd.data.transforms import Geometry, resize
 from metric_kd.errors import UserError
@@ -230,3 +230,15 @@ def test_resized_images_are_ready_to_be_copied(tmp_path):
         planar = resize(decode(str(tmp_path / name)).contiguous()[None], 32)[0]
         assert found.flags.c_contiguous
         assert torch.equal(torch.from_numpy(found).permute(2, 0, 1), planar)
+
+
+def test_the_sizes_of_files_are_looked_at_once(files, monkeypatch):
+    class NotFound:
+        def of(self, paths, side):
+            return None
+
+    asked = []
+    monkeypatch.setattr(loading, "side_of", lambda paths, geometry: asked.append(1) or geometry.side)
+    for pack in (NotFound(), None):
+        ImageLoader(files, Geometry(32), pack=pack)
+    assert len(asked) == 2

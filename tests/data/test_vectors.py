@@ -100,3 +100,20 @@ def test_any_folder_of_images(tmp_path, picture):
     for wrong, why in (("empty", "holds no images"), ("nowhere", "does not exist")):
         with pytest.raises(UserError, match=why):
             unlabelled(tmp_path / wrong)
+
+
+def test_tables_of_other_programs(tmp_path):
+    file = write(tmp_path / "e.npy", ["a.png", "b.png"])
+    table = file.with_suffix(".csv")
+    table.write_bytes("path\r\na.png\r\nb.png\r\n".encode("utf-8-sig"))  # as Excel saves it
+    assert read_vectors(file).names == ("a.png", "b.png")
+    for text, match in (
+        (b"path\nc\xf4t\xe9.png\nb.png\n", r"e\.csv is no UTF-8 CSV file \(.*\); save it as one\."),
+        (b'path\n"' + b"a" * 200_000 + b'"\nb.png\n', r"e\.csv is no UTF-8 CSV file"),
+        (b"path,note\na.png,x\n ,y\n", r"e\.csv, row 3 has no path; write that of its image"),
+        (b"note,path\nx,a.png\ny\n", r"e\.csv, row 3 has no path"),
+    ):
+        table.write_bytes(text)
+        with pytest.raises(UserError, match=match) as caught:
+            read_vectors(file)
+        assert "\n" not in str(caught.value)

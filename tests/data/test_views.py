@@ -102,3 +102,24 @@ def test_without_the_teacher_the_student_sees_the_same(small):
     after = next(iter(loader.train([np.arange(5)], 1)))
     assert before.teacher_images.shape[-1] == 32 and after.teacher_images is None
     assert torch.equal(before.images, after.images) and torch.equal(before.views, after.views)
+
+
+def test_workers_that_are_kept_forget_the_teacher_too(files):
+    loader = ImageLoader(files, Geometry(96, teacher_input_size=112), workers=2)
+    assert all(batch.teacher_images is not None for batch in loader.train([np.arange(3), np.arange(3, 6)], 0))
+    loader.forget_teacher()
+    assert all(batch.teacher_images is None for batch in loader.train([np.arange(3), np.arange(3, 6)], 1))
+    loader.close()
+
+
+def test_the_first_view_or_the_test_view(small):
+    rows = np.array([4, 2])
+    for views in (Views(3), None):
+        loader = ImageLoader(small, Geometry(24, teacher_input_size=32), views=views)
+        batch, fixed = loader.first_view(rows), loader.fixed(rows, None if views is None else np.zeros(2, np.int64))
+        assert torch.equal(batch.images, fixed.images) and batch.indices.tolist() == [4, 2]
+        assert (batch.views is None) if views is None else batch.views.tolist() == [0, 0]
+        assert batch.seen_by_teacher is batch.teacher_images
+        loader.forget_teacher()
+        alone = loader.first_view(rows)
+        assert alone.seen_by_teacher is alone.images

@@ -1,5 +1,6 @@
 """Indexes: exact where they say so, whole or not there at all, the same after any kill, and up to date with their folder."""
 
+import errno
 import io
 import itertools
 import os
@@ -17,7 +18,7 @@ import pytest
 import torch
 from PIL import Image
 
-from metric_kd.deploy import index_part, indexing, vector_index
+from metric_kd.deploy import index_file, index_part, indexing, vector_index
 from metric_kd.deploy.factory import Factory, check_factory, choose_factory, parse_factory
 from metric_kd.deploy.index_file import NoIndex, read_index
 from metric_kd.deploy.indexing import make_index
@@ -258,6 +259,20 @@ def test_a_changed_folder_changes_what_it_must_and_no_more(folder, tmp_path, fac
     holds(file, folder)
 
 
+def test_an_index_may_shrink_below_what_its_lists_were_trained_on(folder, tmp_path):
+    file = tmp_path / "i"
+    make_index(toy(), folder, file, factory="IVF10,Flat")
+    for name in ("00", "02", "04"):
+        (folder / "a" / f"{name}.png").unlink()
+    made = make_index(toy(), folder, file, factory="IVF10,Flat")
+    assert (made.added, made.changed, made.removed) == (0, 0, 3)
+    assert holds(file, folder).index.trained == 12
+    for path in folder.rglob("*.png"):  # nothing is left of what they were trained on
+        os.utime(path, ns=(1, 1))
+    with pytest.raises(UserError, match="10 images or more, and there are 9"):
+        make_index(toy(), folder, file, factory="IVF10,Flat")
+
+
 def test_auto_trains_again_when_it_is_outgrown(folder, tmp_path, monkeypatch):
     def chosen(count, dimensions):
         return Factory("Flat") if count < 13 else Factory("IVF", lists=2 if count < 20 else 3)
@@ -383,6 +398,8 @@ def test_unfinished_work_of_others_is_refused_and_half_a_part_forgotten(folder, 
     assert attempt(lambda: make_index(toy(), folder, file, batch=2), kill_at=14)
     with pytest.raises(UserError, match="unfinished work with another model"):
         make_index(toy("other"), folder, file)
+    with pytest.raises(UserError, match="unfinished work with another model or precision"):
+        make_index(toy(), folder, file, precision="bf16")
     shutil.copytree(folder, tmp_path / "copy")
     with pytest.raises(UserError, match="unfinished work with another folder"):
         make_index(toy(), tmp_path / "copy", file)
@@ -390,6 +407,26 @@ def test_unfinished_work_of_others_is_refused_and_half_a_part_forgotten(folder, 
         part.truncate(5000)
     make_index(toy(), folder, file)
     holds(file, folder)
+
+
+def test_what_an_error_or_a_kill_left_half_written_is_removed_and_no_more(folder, tmp_path, small_blocks, monkeypatch):
+    file = tmp_path / "i[0]"  # a name that means something in a pattern
+
+    def full(into, content):
+        into.write(b"half")
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(index_file, "_write", full)
+        with pytest.raises(OSError, match="No space left"):
+            make_index(toy(), folder, file, batch=2)
+    assert sorted(os.listdir(tmp_path)) == ["i[0].part", "images"], "the embeddings are kept, and nothing else"
+    others = {".i[0].more.abcd1234.part", ".i0.abcd1234.part", "i[0].more.part", ".part"}
+    for name in (*others, ".i[0].abcd1234.part", ".i[0].part.abcd1234.part"):
+        (tmp_path / name).write_bytes(b"half")
+    model = toy()
+    make_index(model, folder, file, batch=2)
+    assert not model.embedder.seen and set(os.listdir(tmp_path)) == {"i[0]", "images", *others}
 
 
 def test_two_at_once(folder, tmp_path):

@@ -156,6 +156,7 @@ def test_a_coded_teacher_is_a_teacher_with_codes():
     torch.testing.assert_close(output.logits, (plain.logits + decoded[0] + decoded[1]) / 3)
     assert mas(images, want=("pooled",)).codes is None
     assert not any(p.requires_grad for p in mas.parameters()) and not mas.training
+    assert torch.equal(mag.rgb_scale, network.rgb_scale)
     with pytest.raises(UserError, match="mag"):
         CodedTeacher(
             build_network(NetworkSpec("resnet8_x0.25", 8)), Coders(CodersSpec(16, 8, "embedding")), stable=True

@@ -87,6 +87,7 @@ def test_the_map_is_trained_where_widths_differ():
     same = TERMS["regression"]()
     same.build(*outputs(4, 4), 0)
     assert not list(same.parameters())
+    assert same.anchors and not term.anchors, "a trained map leaves the student in a space of its own"
     assert same(*outputs(4, 4), BATCH) == regression(*(o.embedding for o in outputs(4, 4)))
 
 
@@ -102,6 +103,12 @@ def test_the_map_is_trained_where_widths_differ():
         (lambda: TERMS["csd"](neighbours=0), "neighbours >= 1"),
         (lambda: csd(rows(3, 4), rows(3, 4), None, 3, 0.0, 0.1), "above 0"),
         (lambda: csd(rows(3, 4), rows(2, 4)), "csd compares"),
+        (
+            lambda: csd(rows(3, 4), rows(2, 4)),
+            "3 embeddings of the student and 2 of the teacher: give those of the same",
+        ),
+        (lambda: csd(rows(3, 5), rows(3, 4)), "give the student --embedding_size 4"),
+        (lambda: csd(rows(3, 4), rows(3, 4), rows(9, 5)), "a gallery of shape .9, 5.: give one"),
     ],
 )
 def test_wrong_arguments(act, words):

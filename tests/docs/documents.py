@@ -5,10 +5,11 @@ A block is fenced, or indented by four spaces after an empty line. An HTML comme
     <!-- needs: WHAT -->   not run, because it wants data, devices or weights that a test has not
     <!-- skip: WHY -->     not run
     <!-- small -->         run, with SMALL added to its commands that train: fewer steps, smaller images, no download; and a
-                           ResNet-8 where the command, or its preset, has a ResNet-18
+                           ResNet-8 where the command, or its preset, has a ResNet-18; packs are of small images too
 
-A block without a mark is run as it stands. What is not run is checked: commands, scripts and flags must exist. A fenced block
-with a title is a file that later blocks of the page use; one of ``text`` shows something and holds no command.
+A block without a mark is run as it stands. All are checked as they stand: commands, scripts and flags must exist, and flags
+that say what a step is must go together. A fenced block with a title is a file that later blocks of the page use; one of
+``text`` shows something and holds no command.
 """
 
 import configparser
@@ -20,6 +21,7 @@ from typing import Any, NamedTuple
 
 from tiny import ROOT
 
+from metric_kd.cli import steps
 from metric_kd.cli.against import split_off
 from metric_kd.cli.losses import fold
 from metric_kd.cli.main import _MODULES, COMMANDS
@@ -28,6 +30,8 @@ from metric_kd.cli.parse import parse, read_words, run_as_flag
 SMALL = (
     "--epochs 1 --iter_per_epoch 2 --batch 12 --num_image_per_class 3 --pretrained false --input_size 32 --device cpu"
 ).split()
+SMALL_SIDE = "36"
+"""What a pack holds for crops of 32 px."""
 SMALL_BASE = "resnet8:stem_stride=2"
 TRAINS = ("train", "distill")
 SCRIPTS = {"run.py": "train", "run_distill.py": "distill"}
@@ -132,6 +136,8 @@ def as_command(words: list[str]) -> list[str]:
 
 def in_small(words: list[str]) -> list[str]:
     """A command of a block marked small as a test runs it; what does not train stays as it is."""
+    if words[0] == "pack":
+        return [*words, "--side", SMALL_SIDE]
     if words[0] not in TRAINS:
         return words
     words = [SMALL_BASE if word == "resnet18" else word for word in words]
@@ -139,7 +145,8 @@ def in_small(words: list[str]) -> list[str]:
 
 
 def check_command(words: list[str]) -> None:
-    """Raise where a command, a script, a target of make, an extra or a flag does not exist; "..." stands for more flags."""
+    """Raise where a command, a script, a target of make, an extra or a flag does not exist; "..." stands for more flags;
+    and where a command that trains, as it is written, would be refused for what makes up its step."""
     whole = "..." not in words
     words = [word for word in words if word != "..."]
     own = as_command(words)
@@ -176,5 +183,7 @@ def check_own(name: str, rest: list[str], whole: bool = True) -> Any:
         _, rest = split_off(rest, ("against", "bridge"))
     config = parse({"eval": "train"}.get(name, name), run_as_flag(rest) if name in ("eval", "probe") else rest).config
     if whole and name != "quantify" and not config.plugins:  # which trains nothing, so that there is nothing to fold
-        fold(config)
+        config = fold(config)
+        refused = steps.refusals(config)
+        assert not refused, " ".join(refused)
     return config

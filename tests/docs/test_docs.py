@@ -180,8 +180,9 @@ def test_marks_and_blocks_are_read_as_they_are_meant(tmp_path):
 @pytest.mark.parametrize(
     "line",
     ["metric-kd fly", "metric-kd train --no_flag 1", "metric-kd index run --images x", "python none.py", "make none",
-     "pip install '.[none]'", "metric-kd distill --loss nothing:1", "python benchmarks/run.py --none", "rm -r x"],
+     "pip install '.[none]'", "metric-kd distill --loss nothing:1", "python benchmarks/run.py --none", "rm -r x",
+     "metric-kd distill --dist_ratio 1 --relation_batch 24"],  # which is no multiple of the usual --batch
 )  # fmt: skip
-def test_what_does_not_exist_is_found(line):
+def test_what_does_not_exist_or_go_together_is_found(line):
     with pytest.raises((Exception, SystemExit)):
         check_command(commands_of(line)[0])

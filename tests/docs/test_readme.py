@@ -58,6 +58,11 @@ def test_supported_names_are_real(kind, row):
         assert name in line, f"the README's row {row!r} lacks {name}"
 
 
+def test_methods_are_counted_right():
+    count = int(re.search(r"(\d+) methods, each for both tasks", README)[1])
+    assert count == len(listed()["methods"])
+
+
 def test_no_bash_errors_in_examples():
     for script in (ROOT / "examples").glob("*.sh"):
         assert subprocess.run(["bash", "-n", str(script)]).returncode == 0

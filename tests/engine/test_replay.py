@@ -14,9 +14,10 @@ from torch.nn.parallel import DistributedDataParallel
 from metric_kd import distributed
 from metric_kd.cli.distill import main as distill
 from metric_kd.cli.train import main as train
-from metric_kd.engine import reproducibility
+from metric_kd.engine import memory, reproducibility
 from metric_kd.engine.checkpoint import read_checkpoint
 from metric_kd.engine.mutual import Mutual
+from metric_kd.engine.optimisation import Settings
 from metric_kd.engine.replay import Replay, average_gradients, chunks, joined, tensors
 from metric_kd.errors import UserError
 from metric_kd.losses.objective import parse_loss
@@ -262,15 +263,33 @@ def test_out_of_memory_says_what_is_too_large():
         if count > limit:
             raise torch.OutOfMemoryError("CUDA out of memory.")
 
-    built.student_output = lambda whole: (limited(len(whole.labels), 6), output(whole))[1]
-    with pytest.raises(UserError, match="a batch of 12 is out of memory and one of 6 fits; run with --batch 6"):
-        stepping(built, chunk=12).trial_step(batch(1, 24))
+    data = part(batch(1, 24), torch.argsort(batch(1, 24).labels))  # a chunk is mostly of one class
+    for limit, said in (
+        (6, "and not over 6; run with --batch 6 and the same --relation_batch."),
+        (5, "and not over 4; run with --batch 4 and the same --relation_batch."),
+        (1, "and over 2; use a smaller --base, --input_size or --batch."),
+    ):
+        built.student_output = lambda whole, limit=limit: (limited(len(whole.labels), limit), output(whole))[1]
+        with pytest.raises(UserError) as caught:
+            stepping(built, chunk=12).trial_step(data)
+        assert str(caught.value) == f"the networks are out of memory over 12 images {said}"
     built.student_output = output
     built.compare = lambda student, teacher, whole: (limited(len(whole.labels), 12), compare(student, teacher, whole))[
         1
     ]
     with pytest.raises(UserError, match="the networks take 12 at a time: .*; lower --relation_batch."):
         stepping(built, chunk=12).trial_step(batch(1, 24))
+
+
+def test_out_of_memory_of_several_processes_names_flags_that_go_together(monkeypatch):
+    monkeypatch.setattr(memory, "world_size", lambda: 2)
+    built = task("rkd_distance:1")
+    for chunk in (12, 0):
+        sentence = memory.way_out(built, batch(1, 24), None, Settings(1, 4, 0.1, chunk=chunk))
+        assert sentence.startswith(
+            "a step over 48 images, of which each of 2 processes takes 12" if chunk else "a batch of 48"
+        )
+        assert ("--accumulate" in sentence) == (not chunk) and ("--relation_batch" in sentence) == bool(chunk)
 
 
 # Two processes.

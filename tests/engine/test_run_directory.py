@@ -105,3 +105,11 @@ def test_another_teacher_is_a_warning(image_folder, teacher_run, tmp_path, capsy
     distill([*flags, "--teacher_load", str(teacher), "--epochs", "2"])
     captured = capsys.readouterr()
     assert "written with teacher" in captured.out + captured.err
+
+
+def test_the_flag_that_named_the_directory_is_the_one_that_is_refused(tmp_path):
+    (tmp_path / "file").write_text("")
+    with pytest.raises(UserError, match="^--out .*file is a file; give a folder.$"):
+        RunDirectory(tmp_path / "file", "--out").check_writable()
+    with pytest.raises(UserError, match="^--out /proc/nowhere is not writable"):
+        RunDirectory("/proc/nowhere", "--out").check_writable()

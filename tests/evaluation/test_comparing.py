@@ -5,10 +5,13 @@ import json
 import pytest
 import torch
 
+from metric_kd.distances import unit_rows
 from metric_kd.errors import UserError
 from metric_kd.evaluation.agreement import share_of, shared_counts
+from metric_kd.evaluation.analysis import linear_cka
 from metric_kd.evaluation.comparing import MERGED, Sides, compare, merge
 from metric_kd.evaluation.embed import Embeddings
+from metric_kd.evaluation.evidence import effective_rank, uniformity
 from metric_kd.evaluation.metrics import hits_at_k, recall_at_k
 from metric_kd.evaluation.search import find_neighbours
 from metric_kd.evaluation.statistics import merged
@@ -56,6 +59,15 @@ def test_counts_by_query(split):
         assert report["classes"][name]["queries"] == len(own)
         for side in ("student", "teacher"):
             assert report["classes"][name][side] == pytest.approx(sum(hit[side][q] for q in own) / len(own))
+        shared = sum(len({*near["student"][q]} & {*near["teacher"][q]}) / 4 for q in own) / len(own)
+        assert report["classes"][name]["agreement"]["overlap"] == pytest.approx(shared)
+        alone = [torch.stack([side.vectors[i] for i in range(40) if labels[i] == label]) for side in (ours, theirs)]
+        assert report["classes"][name]["agreement"]["cka"] == pytest.approx(float(linear_cka(*alone)))
+        shape = report["classes"][name]["geometry"]
+        assert shape["student"]["effective_rank"] == pytest.approx(effective_rank(alone[0]))
+        assert shape["teacher"]["uniformity"] == pytest.approx(uniformity(alone[1]))
+        gaps = torch.pdist(unit_rows(alone[1])).square().mean()
+        assert shape["teacher"]["alignment"] == pytest.approx(float(gaps), rel=1e-5)
     assert report["geometry"]["student"]["dimensions"] == 3 and report["queries"] == len(asked)
     assert 1 < report["geometry"]["student"]["effective_rank"] <= 3
 
@@ -67,6 +79,17 @@ def test_a_network_beside_itself():
     assert report["difference"]["mean"] == 0 and report["difference"]["p"] == 1
     assert report["agreement"]["overlap"]["mean"] == 1 and report["agreement"]["cka"] == pytest.approx(1)
     assert report["agreement"]["rank_biased_overlap"]["mean"] == pytest.approx(1)
+
+
+def test_a_class_of_one_image_has_no_pairs():
+    side = embeddings(5, 0)
+    labels = side.labels.clone()
+    labels[labels == 3] = 2
+    labels[0] = 3
+    side = side._replace(labels=labels)
+    alone = compare(Sides(side, side), NAMES)["classes"]["dog"]
+    assert alone["queries"] == 1 and alone["agreement"]["cka"] is None
+    assert alone["geometry"]["student"] == {"effective_rank": 0, "dimensions": 5, "alignment": None, "uniformity": None}
 
 
 def test_what_cannot_be_compared():

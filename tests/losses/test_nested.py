@@ -82,6 +82,7 @@ def test_without_prefixes_nothing_changes():
         (["cross_entropy:1"], "trained part or a memory"),
         (["csd:1", "rkd:1"], "equal lengths|--embedding_size 12"),
         (["regression:1,map=linear"], "trained part"),
+        (["regression:1"], "trained part"),
         (["st:1"], "needs a loss of the embedding"),
         (["rkd:1", "crd:1,negatives=3"], "runs the networks itself"),
     ],

@@ -27,6 +27,7 @@ from metric_kd.types import Output
 from .conftest import history
 from .test_page import Page
 
+BROWSER = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None)
 NAMES = ("<zero>", "one & only", "two", "three")
 LABELS = torch.arange(4).repeat_interleave(10)
 
@@ -313,7 +314,7 @@ def test_it_is_replaced_whole(tmp_path, tested):
     assert path.read_text() == "old" and [p.name for p in tmp_path.iterdir()] == ["p.html"]
 
 
-@pytest.mark.skipif(shutil.which("chromium") is None, reason="needs chromium")
+@pytest.mark.skipif(BROWSER is None, reason="needs Chromium or Chrome")
 @pytest.mark.parametrize("width", [1280, 500])
 def test_a_browser_draws_it(page, tmp_path, width):
     page()
@@ -326,7 +327,7 @@ def test_a_browser_draws_it(page, tmp_path, width):
         f"--window-size={width},1600",
     ]
     subprocess.run(
-        ["chromium", *flags, f"--screenshot={shot}", f"file://{tmp_path / 'page.html'}"],
+        [BROWSER, *flags, f"--screenshot={shot}", f"file://{tmp_path / 'page.html'}"],
         capture_output=True,
         timeout=120,
         check=True,

@@ -65,7 +65,7 @@ class Regression(Term):
         if map not in MAPS:
             raise one_of("map of loss 'regression':", map, list(MAPS))
         self.distance, self.kind = distance, map
-        self.anchors = map != "linear"  # a trained map stays with the loss
+        self.anchors = map != "linear"
         self.map: nn.Module = nn.Identity()
 
     def build(self, student: Output, teacher: Output | None, num_classes: int) -> None:
@@ -73,6 +73,7 @@ class Regression(Term):
         ours, theirs = student.embedding.shape[1], teacher.embedding.shape[1]
         if self.kind == "linear" or (self.kind == "auto" and ours != theirs):
             self.map = nn.Linear(ours, theirs).to(student.embedding.device)
+            self.anchors = False  # a trained map stays with the loss
         elif ours != theirs:
             raise UserError(
                 f"regression with map=identity needs embeddings of one width; the student has {ours} and the teacher "

@@ -25,8 +25,8 @@ def csd(
 
     The gallery is the teacher's on both sides, so that the student learns the teacher's coordinates. student, teacher:
     (N, D); gallery: (M, D) of the teacher, without one the batch's own ``teacher``, the image itself included. Half types
-    are raised to float32; no gradient reaches teacher or gallery. N = 0 gives 0. Raises ``UserError`` where widths differ
-    or an option is not positive.
+    are raised to float32; no gradient reaches teacher or gallery. N = 0 gives 0. Raises ``UserError`` where widths or
+    lengths differ or an option is not positive.
 
     Wu, Wang, Zhou, Li: Contextual Similarity Distillation for Asymmetric Image Retrieval, CVPR 2022 [M]. Deviation: the
     paper's gallery is the whole training set, embedded beforehand; here it is the batch (as in D3still's code, whose
@@ -34,7 +34,17 @@ def csd(
     """
     _check(neighbours, student_temperature, teacher_temperature)
     gallery = teacher if gallery is None else gallery
-    if len({x.shape[1] for x in (student, teacher, gallery)}) > 1 or len(student) != len(teacher):
+    if len(student) != len(teacher):
+        raise UserError(
+            f"csd compares what both networks make of one image; got {len(student)} embeddings of the student and "
+            f"{len(teacher)} of the teacher: give those of the same images."
+        )
+    if gallery.shape[1] != teacher.shape[1]:
+        raise UserError(
+            f"csd compares images with a gallery of the teacher; got embeddings of shape {tuple(teacher.shape)} and a "
+            f"gallery of shape {tuple(gallery.shape)}: give one that the same teacher has embedded."
+        )
+    if student.shape[1] != teacher.shape[1]:
         raise UserError(
             "csd compares student and teacher in the teacher's space; got embeddings of shape "
             f"{tuple(student.shape)} and {tuple(teacher.shape)}: give the student --embedding_size {teacher.shape[1]}."
