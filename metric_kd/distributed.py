@@ -1,5 +1,6 @@
 """What one process needs to know about the others; with a single process everything here is a no-op."""
 
+import gc
 import os
 import re
 from collections.abc import Iterable, Iterator
@@ -82,7 +83,9 @@ _OF_THE_GROUP = re.compile("gloo|nccl|connection (closed|reset|refused)|broken p
 
 
 def stop() -> None:
+    """Leave the group, and let its threads end: one that still drops tensors while Python ends would abort the process."""
     if dist.is_available() and dist.is_initialized():
+        gc.collect()  # DDP lies in cycles, and the group lives as long as any of them holds it
         dist.destroy_process_group()
 
 

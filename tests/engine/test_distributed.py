@@ -404,6 +404,26 @@ def test_common_draws_are_common_and_leave_the_own_ones_alone(left):
     assert torch.equal(found[1][0]["draws"][0], torch.rand(2, generator=torch.Generator().manual_seed(0)))
 
 
+def test_the_threads_of_a_group_end_with_it_although_a_cycle_holds_it():
+    """One that still drops a tensor while Python ends would abort a process that has done its work."""
+    code = (
+        "import os, torch, torch.distributed as dist\n"
+        "from metric_kd import distributed\n"
+        f"dist.init_process_group('gloo', init_method='tcp://127.0.0.1:{free_port()}', rank=0, world_size=1)\n"
+        "dist.all_reduce(torch.zeros(1))\n"
+        "class Held: pass\n"
+        "held = Held()\n"
+        "held.me, held.group = held, dist.group.WORLD\n"
+        "del held\n"
+        "def threads(): return [open(f'/proc/self/task/{t}/comm').read().strip() for t in os.listdir('/proc/self/task')]\n"
+        "assert any('gloo' in name for name in threads())\n"
+        "distributed.stop()\n"
+        "assert not any('gloo' in name for name in threads()), threads()\n"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+
+
 def test_one_process_is_left_alone():
     x = torch.randn(3, 2)
     assert distributed.all_gather(x) is x and distributed.average(x) is x and distributed.gather_rows(x, CPU) is x
