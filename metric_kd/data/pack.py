@@ -89,7 +89,9 @@ class Pack:
             raise
         except (OSError, KeyError, ValueError, TypeError) as error:
             reason = str(error).strip().split("\n")[0].rstrip(".")
-            raise NoPack(f"{file} is no pack, or was damaged ({reason}); remove it or give another file.") from error
+            raise NoPack(
+                f"{file} is no pack, or was damaged ({reason}); give another file, or move this one away."
+            ) from error
         self._pixels: np.ndarray | None = None
 
     def _read(self) -> None:
@@ -99,7 +101,7 @@ class Pack:
         with h5py.File(self.file, "r", locking=False) as content:
             about = content.attrs
             if about.get("format") != FORMAT:
-                raise NoPack(f"{self.file} is no pack of format {FORMAT!r}; remove it or give another file.")
+                raise NoPack(f"{self.file} is no pack of format {FORMAT!r}; give another file, or move this one away.")
             self.dataset, self.side, self.key = str(about["dataset"]), int(about["side"]), str(about["key"])
             self.quality: int | None = int(about["quality"]) or None
             self.versions: dict[str, str] = json.loads(about["versions"])

@@ -58,7 +58,7 @@ def make_pack(
     quality: 1 .. 100 keeps JPEG images instead of pixels, smaller but not bit-equal. workers: threads that decode.
     skip_unreadable: mark files that cannot be read, instead of raising the ``UserError`` that names the first. What a
     killed process has written to ``file.part`` is gone on with. Raises ``UserError`` where there is no room for it, where
-    ``file`` cannot be written, and where it is something else than a pack of the same data set (by its name) and kind.
+    ``file`` cannot be written, and where it is something else than a pack of the same data set (by its name, and a path that both have) and kind.
     """
     file = Path(file)
     if file.is_dir():
@@ -105,6 +105,10 @@ def _fresh(file: Path, source: Source, side: int, quality: int | None) -> Pack |
         kind = "pixels" if pack.quality is None else f"JPEG images of quality {pack.quality}"
         raise UserError(f"{file} is a pack of {kind} at {pack.side} px; give another file, or remove it.")
     if pack.key != source.key(side, quality):
+        if not set(pack.names) & set(source.names):
+            raise UserError(
+                f"{file} is a pack of other images (the first {pack.names[0]}); give another file, or remove it."
+            )
         return None
     try:
         located = pack.of(source.paths, side)

@@ -154,7 +154,9 @@ def read_cache(file: Path) -> Content:
             whole = np.array_equal(content["written"][()], content["lengths"][()])
             places = {name: (table.id.get_offset(), table.shape) for name, table in found.items()}
         if held.get("format") != FORMAT or any(offset is None for offset, _ in places.values()):
-            raise UserError(f"{file} is no teacher cache of format {FORMAT!r}; remove it or give another file.")
+            raise UserError(
+                f"{file} is no teacher cache of format {FORMAT!r}; give another file, or move this one away."
+            )
         if not whole:
             raise UserError(f"{file} is half-written; remove it, and it is made again.")
         tables = {
@@ -167,7 +169,7 @@ def read_cache(file: Path) -> Content:
     except (OSError, KeyError, ValueError, TypeError) as error:
         reason = str(error).strip().split("\n")[0].rstrip(".")
         raise UserError(
-            f"{file} is no teacher cache, or damaged ({reason}); remove it or give another file."
+            f"{file} is no teacher cache, or damaged ({reason}); give another file, or move this one away."
         ) from error
     key = hashlib.sha256(json.dumps(held, sort_keys=True).encode()).hexdigest()[:16]
     return Content(held, tables, key)

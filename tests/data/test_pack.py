@@ -250,7 +250,7 @@ def test_stale_packs_are_refused_with_the_reason(files, tmp_path, picture):
     assert "00.jpg (No such file" in refusal(file, files.paths, kind=UserError)
 
 
-def test_other_and_damaged_files_are_refused_and_not_replaced(files, tmp_path):
+def test_other_and_damaged_files_are_refused_and_not_replaced(files, tmp_path, picture):
     file = tmp_path / "p.h5"
     make_pack(file, [files], 40)
     with pytest.raises(UserError, match="pack of pixels at 40 px"):
@@ -260,12 +260,18 @@ def test_other_and_damaged_files_are_refused_and_not_replaced(files, tmp_path):
     with pytest.raises(UserError, match="a pack of files, not of others"):
         make_pack(file, [ImageRecords("others", files.labels, files.class_names, paths=files.paths)], 40)
     whole = file.read_bytes()
+    picture(tmp_path / "elsewhere" / "x.png", (50, 50), seed=1)
+    with pytest.raises(UserError, match="is a pack of other images"):
+        make_pack(
+            file, [ImageRecords("files", np.zeros(1, int), ("a",), paths=(str(tmp_path / "elsewhere" / "x.png"),))], 40
+        )
+    assert file.read_bytes() == whole
     file.write_bytes(whole[: len(whole) // 2])
     assert "p.h5 is no pack, or was damaged" in refusal(file, files.paths, 40, NoPack)
     with pytest.raises(NoPack):
         make_pack(file, [files], 40)
     file.write_bytes(b"my diary")
-    assert "remove it" in refusal(file, files.paths, 40, NoPack)
+    assert "move this one away" in refusal(file, files.paths, 40, NoPack)
     with h5py.File(file, "w") as content:
         content["something"] = 1
     assert "no pack of format" in refusal(file, files.paths, 40, NoPack)
