@@ -58,7 +58,8 @@ def make_pack(
     quality: 1 .. 100 keeps JPEG images instead of pixels, smaller but not bit-equal. workers: threads that decode.
     skip_unreadable: mark files that cannot be read, instead of raising the ``UserError`` that names the first. What a
     killed process has written to ``file.part`` is gone on with. Raises ``UserError`` where there is no room for it, where
-    ``file`` cannot be written, and where it is something else than a pack of the same data set (by its name, and a path that both have) and kind.
+    ``file`` cannot be written, and where it is something else than a pack of the same data set (by its name, and a path that
+    both have) and kind.
     """
     file = Path(file)
     if file.is_dir():
