@@ -57,7 +57,7 @@ def matrix_of(parsed: Parsed, against: str, bridge: str) -> Matrix:
             ours,
             theirs,
             config.recall,
-            bridge=used,
+            bridge=used,  # type: ignore[arg-type]  # mypy does not see __call__ of a NamedTuple
             unit=teacher.spec.l2normalize,
             query=records.query,
             gallery=records.gallery,

@@ -49,8 +49,9 @@ def loaders_of(config: RunConfig) -> dict[str, ImageLoader]:
             raise UserError(f"--also_eval {entry}: {error}") from error
         assert config.input_size is not None
         geometry = Geometry(input_size=config.input_size, flip=False)
-        skip = {"skip_unreadable": config.skip_unreadable, "workers": config.workers}
-        loaders[entry] = ImageLoader(records, geometry, seed=config.seed, **skip)
+        loaders[entry] = ImageLoader(
+            records, geometry, seed=config.seed, workers=config.workers, skip_unreadable=config.skip_unreadable
+        )
     return loaders
 
 

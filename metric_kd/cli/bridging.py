@@ -38,7 +38,7 @@ def keep_bridge(session: Session, run: RunDirectory) -> str | None:
 
 def _both(session: Session, student: Network) -> tuple[Tensor, Tensor]:
     """(N, D) and (N, E), float32 on the CPU."""
-    teacher, ours, theirs = session.teacher, [], []
+    teacher, ours, theirs = session.teacher, list[Tensor](), list[Tensor]()
     assert teacher is not None
     running = [student] if isinstance(teacher, StoredTeacher) else [student, teacher]
     total = -(-len(session.train) // session.config.batch)
@@ -48,8 +48,9 @@ def _both(session: Session, student: Network) -> tuple[Tensor, Tensor]:
                 said = teacher.outputs_of(batch, ("embedding",))
             else:
                 said = teacher(batch.seen_by_teacher, want=("embedding",))
-            ours.append(student(batch.images, want=("embedding",)).embedding.float().cpu())
-            theirs.append(said.embedding.float().cpu())
+            for found, output in ((ours, student(batch.images, want=("embedding",))), (theirs, said)):
+                assert output.embedding is not None
+                found.append(output.embedding.float().cpu())
     return torch.cat(ours).clone(), torch.cat(theirs).clone()
 
 

@@ -30,6 +30,7 @@ from metric_kd.engine.trainer import BatchSampler, Trainer
 from metric_kd.engine.weight_record import WeightRecord, chosen_epochs
 from metric_kd.errors import UserError
 from metric_kd.evaluation.search import backend
+from metric_kd.models.network import Network
 
 
 def fit(command: str, parsed: Parsed) -> dict[str, float]:
@@ -110,6 +111,7 @@ def _fit(
         if session.config.student_init is not None and distributed.is_main():
             share = Path(session.config.student_init)
             if not share.exists():
+                assert isinstance(session.student, Network)
                 share_start(session.student, share)
     if distributed.is_main():
         run.open(config)

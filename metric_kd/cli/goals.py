@@ -122,7 +122,7 @@ class Retrieval:
     def metrics(self, config: RunConfig, loader: ImageLoader, vectors: Embeddings) -> dict[str, float]:
         """What the embeddings of a loader's images are worth."""
         records = loader.records
-        sides = {"query": records.query, "gallery": records.gallery}
+        sides: dict[str, Any] = {"query": records.query, "gallery": records.gallery}
         found = evaluate_retrieval(
             vectors, config.recall, **sides, cameras=records.cameras, metrics=config.metrics, seed=config.seed
         )[0]

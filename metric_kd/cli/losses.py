@@ -1,6 +1,7 @@
 """Every spelling of an objective folded into one list: --loss, the seed's ratio flags, --margin and --sample."""
 
 from dataclasses import replace
+from typing import Any
 
 import metric_kd.distill  # noqa: F401 (registers the methods)
 from metric_kd.cli.config import DistillConfig, GranularityConfig, ProbeConfig, RunConfig, TrainConfig
@@ -43,7 +44,7 @@ def fold(config: RunConfig) -> RunConfig:
         raise UserError(f"nothing to learn from: give {usual}, or any --loss name:weight (`metric-kd list methods`).")
     if config.granularity is not None and not any(loss.name == "granularity" for loss in losses):
         losses.append(parse_loss("granularity"))
-    folded = dict.fromkeys(
+    folded: dict[str, Any] = dict.fromkeys(
         ("triplet_ratio", "dist_ratio", "angle_ratio", "dark_ratio", "at_ratio", "fitnet_ratio"), 0.0
     )
     defaults = {"margin": config.triplet_margin, "sample": config.triplet_sample}

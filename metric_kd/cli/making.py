@@ -66,8 +66,8 @@ def make_task(session: Session) -> Solo | Mutual | Coding:
         task.begin_epoch(epoch, config.epochs)
     task = task.to(session.device)
     if config.compile:
-        networks = [*task.networks.values(), session.teacher]
-        task.compiled = compiled((n for n in networks if isinstance(n, Network | CodedTeacher)), session.device)
+        every = [*task.networks.values(), session.teacher]
+        task.compiled = compiled((n for n in every if isinstance(n, Network | CodedTeacher)), session.device)
     return task
 
 

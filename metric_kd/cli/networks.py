@@ -155,6 +155,7 @@ def _check_start(network: Network, path: str, layer: str, given: dict[str, Any])
     if "network" in content:
         describe_mismatch(NetworkSpec.from_dict(content["network"]), given, "checkpoint")
     side = network.spec.input_size
+    assert side is not None
     fixed = running_up_to(network, layer, torch.zeros(2, 3, side, side))
     missing, _, mismatched = compare_state(network, content["model"])
     for name in [*missing, *mismatched]:

@@ -45,10 +45,10 @@ def parse(command: str, arguments: Sequence[str], program: str | None = None) ->
             raise UserError(f"--config {path} does not exist; check the path.")
         files.append(_from_yaml(command, Path(path).read_text(), path))
     from_files = _layered(files)
-    task = (_values_of(tokens, "--task") or [from_files.get("task")])[-1]
+    task = [from_files.get("task"), *_values_of(tokens, "--task")][-1]
     recipe = {"granularity": None, "probe": "probe"}.get(command, "zoo" if task == "classification" else None)
     implied = {} if recipe is None or _values_of(tokens, "--preset") else _preset(command, recipe)
-    flags = {token[2:].split("=")[0] for token in tokens if token.startswith("--")}
+    flags = frozenset(token[2:].split("=")[0] for token in tokens if token.startswith("--"))
     values = _layered([implied, from_files, dict.fromkeys(flags)])
     # What a flag gives need not come from a file as well: repeatable flags replace those of a file, they do not add to them.
     values = {key: value for key, value in values.items() if key not in flags}
@@ -59,7 +59,7 @@ def parse(command: str, arguments: Sequence[str], program: str | None = None) ->
         config = dataclasses.replace(config, lr_decay_at=None)
     # A file describes the network of its own --load; with another --load, what it says of the network is no contradiction.
     stale = {f"{prefix}{field}" for prefix in ("", "teacher_") if f"{prefix}load" in flags for field in NETWORK_FIELDS}
-    return Parsed(config, (flags | (set(from_files) - stale)) & set(known_keys(command)))
+    return Parsed(config, (flags | (set(from_files) - stale)) & frozenset(known_keys(command)))
 
 
 def read_words(parser: Any, words: Sequence[str]) -> Any:
@@ -196,12 +196,12 @@ def _parser(command: str, program: str | None) -> Any:
     if command in RECIPES:
         parser.add_argument("--preset", type=str, help=f"recipe of a paper: {', '.join(presets())}")
     for key in dataclasses.fields(kind):
-        default = key.default_factory() if key.default is dataclasses.MISSING else key.default  # type: ignore[misc]
+        default = key.default_factory() if key.default_factory is not dataclasses.MISSING else key.default
         options: dict[str, Any] = {"default": default, "help": key.metadata["help"]}
         if key.name in REPEATED:
             parser.add_argument(f"--{key.name}", type=str, action="append", **options)
         elif key.type in (list[int], list[str], list[float] | None):
-            kind_of_entry = {list[int]: int, list[str]: str}.get(key.type, float)
+            kind_of_entry = int if key.type == list[int] else str if key.type == list[str] else float
             parser.add_argument(f"--{key.name}", type=kind_of_entry, nargs="*", **options)
         else:
             parser.add_argument(f"--{key.name}", type=key.type, **options)

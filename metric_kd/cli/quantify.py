@@ -102,8 +102,8 @@ def _parts(networks: Sequence[Examined], images: Images) -> dict[str, Any]:
 
 def _default_out(config: QuantifyConfig) -> str:
     """runs/quantify-<hash of the flags>, without those that only decide how the maps are summed up."""
-    summing = ("masks", "threshold", "background", "distance", "empty", "pictures", "epochs", "batch")
-    summing += ("device", "out", "resume", "dry_run")
+    summing = {"masks", "threshold", "background", "distance", "empty", "pictures", "epochs", "batch"}
+    summing |= {"device", "out", "resume", "dry_run"}
     content = {key: value for key, value in asdict(config).items() if key not in summing}
     return f"runs/quantify-{hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()[:8]}"
 
@@ -242,8 +242,8 @@ def _facts(config: QuantifyConfig, networks: Sequence[Examined], images: Images)
     facts = {"images": images.source, "foreground": config.masks}
     for network in networks:
         facts[network.name] = f"{getattr(config, network.name)}, layer {network.layer}, {network.when}"
-    shown = ("view", "count", "grid", "draws", "antithetic", "iterations", "lam", "target", "form", "relu")
-    shown += ("threshold", "background", "distance", "empty", "seed")
+    shown = ["view", "count", "grid", "draws", "antithetic", "iterations", "lam", "target", "form", "relu"]
+    shown += ["threshold", "background", "distance", "empty", "seed"]
     facts["search"] = ", ".join(f"{key} {getattr(config, key)}" for key in shown)
     return facts
 

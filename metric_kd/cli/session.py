@@ -110,7 +110,8 @@ def checked(parsed: Parsed) -> Parsed:
     sentences = validate(config)
     if sentences:
         raise UserError(sentences[0])
-    config = replace(config, precision=resolve_precision(config.precision, choose_device(config.device)))
+    precision: Any = resolve_precision(config.precision, choose_device(config.device))
+    config = replace(config, precision=precision)
     config = replace(config, input_size=check_base(config.base, config.input_size))
     if isinstance(config, DistillConfig) and config.teacher_load is not None and array_of(config) is None:
         config = replace(config, teacher_input_size=check_base(config.teacher_base, config.teacher_input_size))
@@ -125,7 +126,7 @@ def _with_goal(config: RunConfig, given: frozenset[str]) -> RunConfig:
         balanced = config.iter_per_epoch is None and not isinstance(config, GranularityConfig)
         balanced = balanced and not is_unlabelled(config)
         return replace(config, iter_per_epoch=100) if balanced else config
-    plain = {"embedding_size": 0, "l2normalize": False}
+    plain: dict[str, Any] = {"embedding_size": 0, "l2normalize": False}
     if isinstance(config, DistillConfig):
         plain |= {f"teacher_{key}": value for key, value in plain.items()}
     return replace(config, **{key: value for key, value in plain.items() if key not in given})

@@ -42,13 +42,13 @@ def with_checkpoints(config: RunConfig, given: frozenset[str]) -> RunConfig:
     if isinstance(config, DistillConfig) and config.teacher_load is not None and array_of(config) is None:
         config = _adopt(config, config.teacher_load, "teacher_", given, "teacher")
     if isinstance(config, GranularityConfig) and config.teacher_load is not None:
-        config = _adopt(config, config.teacher_load, "", given, "teacher")
-        config = _with_data_of(config, config.teacher_load, given)
+        teacher = config.teacher_load
+        config = _with_data_of(_adopt(config, teacher, "", given, "teacher"), teacher, given)
     if isinstance(config, ProbeConfig) and config.load is not None:
         config = _adopt(config, config.load, "", given, "checkpoint")
     if is_evaluation(config) and config.load is not None:
-        config = _adopt(config, config.load, "", given, "checkpoint")
-        config = _with_data_of(config, config.load, given)
+        load = config.load
+        config = _with_data_of(_adopt(config, load, "", given, "checkpoint"), load, given)
     if fit_head_of(config) is not None and config.load is not None and not is_evaluation(config):
         config = _with_layer(_adopt(config, config.load, "", given, "checkpoint"))
     return config

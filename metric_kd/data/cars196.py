@@ -27,7 +27,7 @@ ANNOTATIONS = Source(
         "http://ai.stanford.edu/~jkrause/car196/cars_annos.mat",
         "http://imagenet.stanford.edu/internal/car196/cars_annos.mat",
     ),
-    inner=None,
+    inner="",
     page=PAGE,
 )
 IMAGES, CLASSES = 16_185, 196

@@ -4,6 +4,7 @@ import os
 from collections import deque
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
+from typing import TypeVar
 
 import numpy as np
 import torch
@@ -15,6 +16,7 @@ from metric_kd.errors import UserError
 EXTENSIONS = frozenset({".jpg", ".jpeg", ".png", ".bmp", ".gif", ".webp", ".tif", ".tiff", ".ppm", ".pgm", ".pbm"})
 PNG = b"\x89PNG\r\n\x1a\n"
 MAGIC = (b"\xff\xd8\xff", PNG, b"GIF8", b"BM", b"II*\0", b"MM\0*", b"P1", b"P2", b"P3", b"P4", b"P5", b"P6")
+T = TypeVar("T")
 THREADS = min(8, os.cpu_count() or 1)
 CHUNK = 32
 """Files that a thread reads before it reports: the hand-over costs as much as a small image."""
@@ -118,16 +120,14 @@ def _pillow(path: str) -> Tensor:
     return torch.from_numpy(pixels).permute(2, 0, 1)
 
 
-def each(
-    function: Callable[[str], object], paths: Sequence[str], what: str, progress: bool
-) -> Iterator["object | UserError"]:
+def each(function: Callable[[str], T], paths: Sequence[str], what: str, progress: bool) -> Iterator["T | UserError"]:
     """``function`` of every path, in order, from a thread pool; a ``UserError`` is given back, not raised.
 
     Threads take ``CHUNK`` paths at a time, and wait where the consumer is that far behind.
     """
 
-    def attempt(part: Sequence[str]) -> list[object]:
-        results: list[object] = []
+    def attempt(part: Sequence[str]) -> list[T | UserError]:
+        results: list[T | UserError] = []
         for path in part:
             try:
                 results.append(function(path))
@@ -147,6 +147,6 @@ def each(
             yield from _counted(waiting.popleft().result(), bar)
 
 
-def _counted(results: list[object], bar: tqdm) -> list[object]:
+def _counted(results: list[T], bar: tqdm) -> list[T]:
     bar.update(len(results))
     return results

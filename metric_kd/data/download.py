@@ -27,7 +27,7 @@ ATTEMPTS = 4
 
 @dataclass(frozen=True)
 class Source:
-    """A published file: name, md5, mirrors, and the folder inside the archive that is wanted (None: not an archive).
+    """A published file: name, md5, mirrors, and the folder inside the archive that is wanted (empty: not an archive).
 
     page: where a person can read about it and get it by hand.
     """
@@ -35,7 +35,7 @@ class Source:
     file: str
     md5: str
     urls: tuple[str, ...]
-    inner: str | None
+    inner: str
     page: str
 
 
@@ -120,8 +120,8 @@ def _transfer(url: str, part: Path, start: int, timeout: float, progress: bool) 
         response = urllib.request.urlopen(request, timeout=timeout)
     except urllib.error.HTTPError as error:
         if error.code == 416:  # the range begins at or behind the end: complete already, or not this file
-            total = (error.headers.get("Content-Range") or "").rpartition("/")[2]
-            if total == str(start):
+            whole = (error.headers.get("Content-Range") or "").rpartition("/")[2]
+            if whole == str(start):
                 return True
             raise _WrongPart(str(error)) from error
         raise

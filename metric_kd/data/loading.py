@@ -5,6 +5,7 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from functools import partial
+from typing import Any
 
 import numpy as np
 import torch
@@ -33,7 +34,8 @@ class _Batches:
 
     def make(self, request: Request, **reading: Callable) -> Batch:
         rows, shown = request
-        different, place = rows, slice(None)
+        different: np.ndarray = rows
+        place: np.ndarray | slice = slice(None)
         if isinstance(shown, np.ndarray):  # several views of an image are cut from one decoding
             different, place = np.unique(rows, return_inverse=True)
         pixels, places = self.source.read(different, **reading)
@@ -175,7 +177,7 @@ class ImageLoader:
         assert paths is not None
         small = self.geometry.side <= MEMORY_SIDE
         pixels = np.empty((len(paths), side, side, 3), dtype=np.uint8) if small else None
-        read: Callable[[str], object]
+        read: Callable[[str], Any]
         if small:
             read, what = partial(decode_resized, side=side), "decode images"
         elif skip:
@@ -183,6 +185,7 @@ class ImageLoader:
         else:
             read, what = decode.check_header, "check images"
         good = np.ones(len(paths), dtype=bool)
+        result: Any
         for k, result in enumerate(decode.each(read, paths, what, progress)):
             if isinstance(result, UserError):
                 if not skip:
@@ -283,7 +286,7 @@ class ImageLoader:
             sampler=agenda,
             batch_size=None,
             num_workers=self.workers,
-            collate_fn=_as_it_is,
+            collate_fn=_as_it_is,  # type: ignore[arg-type]
             pin_memory=self.pin_memory,
             persistent_workers=persistent,
             worker_init_fn=_start_worker,
@@ -297,7 +300,7 @@ class ImageLoader:
         return result
 
     def _pinned(self, batch: Batch) -> Batch:
-        return Batch(*(_pin(t) for t in batch)) if self.pin_memory else batch
+        return Batch(*(_pin(t) for t in batch)) if self.pin_memory else batch  # type: ignore[arg-type]
 
 
 def _pin(tensor: Tensor | None) -> Tensor | None:

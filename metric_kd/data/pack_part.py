@@ -142,9 +142,13 @@ class Part:
         if self.quality is None:
             rest = len(self.source.paths) * self.side**2 * 3 - self.path.stat().st_blocks * 512
         else:  # beside the copy at the end
-            chosen = np.unique(np.linspace(0, len(self.source.paths) - 1, SAMPLED).astype(int)) if left else []
+            sampled = np.linspace(0, len(self.source.paths) - 1, SAMPLED if left else 0)
             with ThreadPoolExecutor(workers) as pool:
-                lengths = [len(e) for e in pool.map(self._encoded, chosen) if not isinstance(e, UserError)]
+                lengths = [
+                    len(e)
+                    for e in pool.map(self._encoded, np.unique(sampled.astype(int)))
+                    if not isinstance(e, UserError)
+                ]
             held = self.blobs.stat().st_size if self.blobs.exists() else 0
             rest = held + int(2.4 * left * float(np.mean(lengths or [0])))
         free = shutil.disk_usage(self.file.parent).free

@@ -11,6 +11,9 @@ KINDS = ("ridge", "procrustes")
 STRENGTHS = tuple(10.0**k for k in range(-6, 2))
 """Ridge strengths that are tried, in units of the mean variance of the student's coordinates."""
 
+RANK = 1e-12
+"""Of the largest eigenvalue: below it a direction holds rounding only."""
+
 
 class Bridge(NamedTuple):
     """x -> (x - mean) weight + shift: (D,) and (D, E) and (E,), float32; kind: how it was fitted."""
@@ -43,11 +46,11 @@ def fit_bridge(student: Tensor, teacher: Tensor, kind: str = "ridge", strength: 
     With centred rows S and T:
 
         ridge: W = (S^T S + N v strength I)^-1 S^T T, v the mean variance of S's coordinates;
-        procrustes: W = c U V^T with S^T T = U diag(sigma) V^T, c = sum sigma / |S|^2: a rotation and one scale, which
+        procrustes: W = c U V^T with S^T T = U diag(sigma) V^T, c = sum sigma / |S U V^T|^2: a rotation and one scale, which
         keeps the student's own order of neighbours (D <= E; U V^T has orthonormal rows then).
 
     strength: of the ridge; None: of ``STRENGTHS`` the one with the least generalised cross-validation error
-    |T - S W|^2 / (N - df)^2. In float64. Raises ``UserError`` for fewer than two images, unequal numbers, values that are
+    |T - S W|^2 / (N - 1 - df)^2, the 1 being the mean. In float64. Raises ``UserError`` for fewer than two images, unequal numbers, values that are
     not finite, an unknown kind, or a negative strength.
 
     Hoerl, Kennard: Ridge Regression, 1970; Golub, Heath, Wahba: Generalized Cross-Validation, 1979; Schoenemann: A
@@ -73,7 +76,8 @@ def fit_bridge(student: Tensor, teacher: Tensor, kind: str = "ridge", strength: 
 
 def _rotation(ours: Tensor, theirs: Tensor) -> Tensor:
     left, sizes, right = torch.linalg.svd(ours.T @ theirs, full_matrices=False)
-    return left @ right * (sizes.sum() / ours.square().sum().clamp(min=1e-300))
+    turned = left @ right
+    return turned * (sizes.sum() / (ours @ turned).square().sum().clamp(min=1e-300))
 
 
 def _ridge(ours: Tensor, theirs: Tensor, strength: float | None) -> Tensor:
@@ -81,17 +85,15 @@ def _ridge(ours: Tensor, theirs: Tensor, strength: float | None) -> Tensor:
     spectrum = spectrum.clamp(min=0)
     unit = spectrum.mean().clamp(min=1e-300)
     crossed = basis.T @ (ours.T @ theirs)
-    total, n = theirs.square().sum(), len(ours)
-
-    def shrunk(one: float) -> Tensor:
-        return 1 / (spectrum + max(one, 1e-12) * unit)
+    used = spectrum > RANK * spectrum.max()  # directions that the images span
+    along, left = spectrum[used], len(ours) - 1 - int(used.sum())
+    pulled = crossed[used].square().sum(1) / along  # |T|^2 along each of them
+    beside = max(float(theirs.square().sum() - pulled.sum()), 0.0) if left > 0 else 0.0
 
     def error(one: float) -> float:
-        inverse = shrunk(one)
-        fitted = crossed * inverse[:, None]
-        residual = total - 2 * (fitted * crossed).sum() + (fitted.square() * spectrum[:, None]).sum()
-        freedom = n - float((spectrum * inverse).sum())
-        return float(residual) / freedom**2 if freedom > 0 else float("inf")
+        # As sums of squares: where there are no more images than numbers, both sides of the ratio are tiny.
+        missed = one * unit / (along + one * unit)
+        return float((beside + (missed.square() * pulled).sum()) / (left + missed.sum()).square())
 
     best = min(STRENGTHS, key=error) if strength is None else strength
-    return basis @ (crossed * shrunk(best)[:, None])
+    return basis @ (crossed / (spectrum + max(best, 1e-12) * unit)[:, None])

@@ -69,7 +69,7 @@ class EmbeddingGraph(nn.Module):
         """The map with its tensors where the network is."""
         if self.bridge_kind == "none":
             return None
-        return Bridge(*(self.get_buffer(part) for part in ("weight", "mean", "shift")), kind=self.bridge_kind)
+        return Bridge(self.get_buffer("weight"), self.get_buffer("mean"), self.get_buffer("shift"), self.bridge_kind)
 
     def forward(self, images: Tensor) -> Tensor:
         """(N, D) float32 of (N, 3, H, W) uint8."""

@@ -159,7 +159,7 @@ def read_cache(file: Path) -> Content:
             )
         if not whole:
             raise UserError(f"{file} is half-written; remove it, and it is made again.")
-        tables = {
+        tables: dict[str, np.ndarray] = {
             # Copy-on-write: read-only in effect, and torch does not warn.
             name: np.memmap(file, dtype="<f4", mode="c", offset=offset, shape=shape)
             for name, (offset, shape) in places.items()

@@ -130,7 +130,8 @@ class Mutual(Task):
         fields = {field for o in self._objectives() if o.related for needs in o.related_needs for field in needs}
         if world_size() == 1 or not fields:
             return {}, None
-        return {k: gathered(output, fields) for k, output in outputs.items()}, gathered_batch(batch)
+        whole = ((k, gathered(output, fields)) for k, output in outputs.items())
+        return {k: output for k, output in whole if output is not None}, gathered_batch(batch)
 
     def _needs(self) -> tuple[str, ...]:
         return tuple(sorted({need for objective in self._objectives() for need in objective.student_needs}))

@@ -85,7 +85,8 @@ def embedding_map(title: str, vectors: Tensor, labels: Tensor, class_names: Sequ
     for place, label in enumerate(classes):
         colour, marker = mark(place)
         points = places[drawn == label]
-        axes.scatter(*points.T, s=34, marker=marker, color=colour, alpha=0.8, lw=0, label=plain(class_names[label]))
+        x, y = points.T
+        axes.scatter(x, y, s=34, marker=marker, color=colour, alpha=0.8, lw=0, label=plain(class_names[label]))
     axes.set_aspect("equal", adjustable="datalim")
     axes.set_xticks([])
     axes.set_yticks([])
