@@ -11,10 +11,10 @@ from importlib.util import find_spec
 import oracles
 import pytest
 import torch
+from largest import LargestTensor
 from pinned import assert_close, case
 from tiny import TINY
 from torch.autograd import gradcheck
-from torch.utils._python_dispatch import TorchDispatchMode
 
 from metric_kd import kernels
 from metric_kd.cli.distill import main as distill
@@ -182,19 +182,6 @@ def test_no_more_threads_than_torch_has(numba_kernel, monkeypatch):
         most.clear()
         numba_kernel.angle_gap(*squared(300, torch.float32))
         assert len(most) == 4 and max(most) == threads
-
-
-class LargestTensor(TorchDispatchMode):
-    """The most elements that any tensor had which was made under it."""
-
-    elements = 0
-
-    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
-        result = func(*args, **(kwargs or {}))
-        for tensor in result if isinstance(result, tuple | list) else [result]:
-            if isinstance(tensor, torch.Tensor):
-                self.elements = max(self.elements, tensor.numel())
-        return result
 
 
 def test_no_large_tensor(kernel):

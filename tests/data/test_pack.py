@@ -5,13 +5,13 @@ import itertools
 import os
 import pickle
 import shutil
-import signal
 from pathlib import Path
 
 import h5py
 import numpy as np
 import pytest
 import torch
+from mortal import attempt
 
 from metric_kd.data import ImageLoader, ImageRecords, pack_part
 from metric_kd.data import pack as pack_module
@@ -113,32 +113,6 @@ def test_a_part_of_the_data_and_moved_data_are_found(files, tmp_path, monkeypatc
     moved = tuple(p.replace(str(tmp_path / "images"), "else where") for p in part.paths)
     records = ImageRecords("files", part.labels, part.class_names, paths=moved)
     same(expected, ImageLoader(records, Geometry(96), pack=Pack("q.h5")).test(2))
-
-
-def attempt(work, kill_at=None):
-    """Run ``work`` in a child that SIGKILLs itself at the n-th write, flush or rename, half of a write done."""
-    child = os.fork()
-    if child == 0:
-        count = itertools.count(1)
-
-        def mortal(call):
-            def wrapped(*arguments):
-                if next(count) == kill_at:
-                    if call.__name__ == "pwrite":
-                        call(arguments[0], arguments[1][: len(arguments[1]) // 2], arguments[2])
-                    os.kill(os.getpid(), signal.SIGKILL)
-                return call(*arguments)
-
-            return wrapped
-
-        for name in ("pwrite", "fsync", "replace", "unlink"):
-            setattr(os, name, mortal(getattr(os, name)))
-        try:
-            work()
-            os._exit(0)
-        except BaseException:
-            os._exit(1)
-    return os.waitpid(child, 0)[1]
 
 
 def whole_or_refused(file, expected):

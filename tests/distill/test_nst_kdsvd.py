@@ -3,10 +3,10 @@ import math
 
 import pytest
 import torch
+from largest import LargestTensor
 from pinned import arrays, assert_close, case
 from torch.autograd import gradcheck
 from torch.nn.functional import adaptive_avg_pool2d
-from torch.utils._python_dispatch import TorchDispatchMode
 
 from metric_kd.distill.feature import kdsvd as kdsvd_module
 from metric_kd.errors import UserError
@@ -122,19 +122,6 @@ def test_nst_dead_channels_and_large_values(dtype, channels):
     assert value.isfinite() and gradient.isfinite().all() and 0 < gradient.abs().max() < 1
     assert (gradient[0, 1] == 0).all() and (gradient[1] == 0).all()
     assert value.dtype == (torch.float64 if dtype == torch.float64 else torch.float32)
-
-
-class LargestTensor(TorchDispatchMode):
-    """The most elements that any tensor had which was made under it."""
-
-    elements = 0
-
-    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
-        result = func(*args, **(kwargs or {}))
-        for tensor in result if isinstance(result, tuple | list) else [result]:
-            if isinstance(tensor, torch.Tensor):
-                self.elements = max(self.elements, tensor.numel())
-        return result
 
 
 @pytest.mark.parametrize("channels, size", [(16, 8), (64, 3)])

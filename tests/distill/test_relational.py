@@ -1,6 +1,7 @@
 import oracles
 import pytest
 import torch
+from largest import LargestTensor
 from pinned import assert_close, case
 from torch.autograd import gradcheck
 from torch.nn.functional import smooth_l1_loss
@@ -279,19 +280,6 @@ def test_angle_in_float32_keeps_close_pairs(gap, tolerance):
     value, gradient = run(rkd_angle, student, teacher)
     assert_close(value.double(), exact_value, 1e-5)
     assert_close(gradient.double(), exact, tolerance)
-
-
-class LargestTensor(TorchDispatchMode):
-    """The most elements that any tensor had which was made under it."""
-
-    elements = 0
-
-    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
-        result = func(*args, **(kwargs or {}))
-        for tensor in result if isinstance(result, tuple | list) else [result]:
-            if isinstance(tensor, torch.Tensor):
-                self.elements = max(self.elements, tensor.numel())
-        return result
 
 
 def test_angle_makes_no_large_tensor(monkeypatch):

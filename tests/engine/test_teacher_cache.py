@@ -5,7 +5,6 @@ import itertools
 import json
 import os
 import shutil
-import signal
 import subprocess
 import sys
 import weakref
@@ -16,6 +15,7 @@ import numpy as np
 import pytest
 import torch
 from killing import Killed, kill_at, same, weights
+from mortal import attempt
 from tiny import ROOT, TINY, write_images
 
 from metric_kd.cli.distill import main as distill
@@ -102,38 +102,13 @@ def test_an_array_answers_by_image_whatever_view(records):
         assert said.tolist() == [[6, 7], [10, 11], [6, 7]] and said.dtype == torch.float32
 
 
-def attempt(work, kill_at=None):
-    """Run ``work`` in a child that SIGKILLs itself at the n-th write, flush or rename; half of a write is done."""
-    child = os.fork()
-    if child == 0:
-        count = itertools.count(1)
-        write = cache_file.Part._write
+def half_of_write(write, part, offset, values):
+    flat = np.ascontiguousarray(values).reshape(-1)
+    write(part, offset, flat[: len(flat) // 2])
+    part.handle.flush()
 
-        def mortal_write(part, offset, values):
-            if next(count) == kill_at:
-                flat = np.ascontiguousarray(values).reshape(-1)
-                write(part, offset, flat[: len(flat) // 2])
-                part.handle.flush()
-                os.kill(os.getpid(), signal.SIGKILL)
-            write(part, offset, values)
 
-        def mortal(call):
-            def wrapped(*arguments):
-                if next(count) == kill_at:
-                    os.kill(os.getpid(), signal.SIGKILL)
-                return call(*arguments)
-
-            return wrapped
-
-        cache_file.Part._write = mortal_write
-        for name in ("fsync", "replace"):
-            setattr(os, name, mortal(getattr(os, name)))
-        try:
-            work()
-            os._exit(0)
-        except BaseException:
-            os._exit(1)
-    return os.waitpid(child, 0)[1]
+CALLS = {(cache_file.Part, "_write"): half_of_write, (os, "fsync"): None, (os, "replace"): None}
 
 
 def test_killed_at_any_moment_it_goes_on_and_is_never_taken_for_whole(records, asked, tmp_path, monkeypatch):
@@ -141,7 +116,7 @@ def test_killed_at_any_moment_it_goes_on_and_is_never_taken_for_whole(records, a
     loader, file, part = loader_of(records, views=2), tmp_path / "c.h5", tmp_path / "c.h5.part"
     expected = oracle(asked, loader).numpy()
     for moment in itertools.count(1):
-        status = attempt(lambda: cached(file, asked, loader, batch=6), kill_at=moment)
+        status = attempt(lambda: cached(file, asked, loader, batch=6), kill_at=moment, calls=CALLS)
         if status == 0:
             break
         assert os.WIFSIGNALED(status), "it died of something else"
@@ -163,7 +138,7 @@ def test_killed_at_any_moment_it_goes_on_and_is_never_taken_for_whole(records, a
 def test_what_is_written_is_not_asked_again_unless_it_is_of_another_teacher(records, asked, tmp_path, monkeypatch):
     monkeypatch.setattr(cache_file, "SAVE_SECONDS", -1.0)
     loader, file = loader_of(records, views=2), tmp_path / "c.h5"
-    assert attempt(lambda: cached(file, asked, loader, batch=2), kill_at=24) != 0
+    assert attempt(lambda: cached(file, asked, loader, batch=2), kill_at=24, calls=CALLS) != 0
     with h5py.File(tmp_path / "c.h5.part") as content:
         done = int(content["written"][0])
     assert 2 <= done < 9

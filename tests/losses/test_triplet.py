@@ -3,10 +3,10 @@ import math
 import oracles
 import pytest
 import torch
+from largest import LargestTensor
 from pinned import assert_close, case, names
 from torch.autograd import gradcheck
 from torch.nn.functional import triplet_margin_loss
-from torch.utils._python_dispatch import TorchDispatchMode
 
 from metric_kd.errors import UserError
 from metric_kd.functional import contrastive, l1_triplet, l2_triplet
@@ -24,19 +24,6 @@ GOLDEN = [n for n in names() if n.startswith(("rkd_l1triplet", "rkd_l2triplet", 
 
 def rows(n, d, dtype=torch.float64, seed=0):
     return torch.randn(n, d, dtype=dtype, generator=torch.Generator().manual_seed(seed))
-
-
-class LargestTensor(TorchDispatchMode):
-    """The most elements that any tensor had which was made under it."""
-
-    elements = 0
-
-    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
-        result = func(*args, **(kwargs or {}))
-        for tensor in result if isinstance(result, tuple | list) else [result]:
-            if isinstance(tensor, torch.Tensor):
-                self.elements = max(self.elements, tensor.numel())
-        return result
 
 
 def run_term(name, embeddings, labels, **options):
