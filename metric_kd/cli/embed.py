@@ -4,15 +4,17 @@ import csv
 import io
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, BinaryIO, Literal
 
 import numpy as np
 
 from metric_kd.cli.parse import read_words
 from metric_kd.data.decode import check_header
 from metric_kd.deploy.embedder import images_in, load
+from metric_kd.deploy.names import check_utf8, shown
 from metric_kd.devices import choose_device
 from metric_kd.engine.checkpoint import write_atomically, write_text
+from metric_kd.engine.run_directory import check_folder
 from metric_kd.errors import UserError
 
 
@@ -23,28 +25,49 @@ def main(arguments: Sequence[str], program: str | None = None) -> int:
         raise UserError(f"--out {out} must be a file that ends in .npy.")
     if not out.parent.is_dir():
         raise UserError(f"--out {out}: the folder {out.parent} does not exist; create it first.")
+    check_folder(out.absolute().parent, "--out")
     if options.batch < 1:
         raise UserError(f"--batch is {options.batch}; give 1 or more.")
-    embedder = load(options.run, str(choose_device(options.device)), options.precision, options.bridge)
     paths = images_in(options.images)
+    names = [str(Path(path).relative_to(options.images)) for path in paths]
+    check_utf8(names)
+    embedder = load(options.run, str(choose_device(options.device)), options.precision, options.bridge)
     skipped: list[str] | None = [] if options.skip_unreadable else None
     if skipped is None:
         for path in paths:
             check_header(path)
     vectors = embedder.embed(paths, options.batch, progress=True, skipped=skipped)
-    kept = [path for path in paths if path not in set(skipped or ())]
+    lost = set(skipped or ())
+    kept = [name for name, path in zip(names, paths, strict=True) if path not in lost]
     if not kept:
         raise UserError(f"none of the images in {options.images} can be read; check --images.")
-    names = io.StringIO()
-    csv.writer(names).writerows([["path"], *([str(Path(path).relative_to(options.images))] for path in kept)])
-    write_text(out.with_suffix(".csv"), names.getvalue())
-    write_atomically(out, lambda file: np.save(file, vectors))
+    if not np.isfinite(vectors).all():
+        first = shown(kept[int(np.isfinite(vectors).all(1).argmin())])
+        raise UserError(
+            f"the embedding of {first} is not finite, so nothing was written; use --precision fp32 or another model."
+        )
+    _write(out, vectors, kept)
     if skipped:
-        print(f"skipped {len(skipped)} unreadable images, the first {skipped[0]}")
+        print(f"skipped {len(skipped)} unreadable images, the first {shown(skipped[0])}")
     print(
-        f"wrote {out}: {len(kept)} embeddings of length {vectors.shape[1]}; their files are in {out.with_suffix('.csv')}"
+        f"wrote {shown(out)}: {len(kept)} embeddings of length {vectors.shape[1]}; their files are in "
+        f"{shown(out.with_suffix('.csv'))}"
     )
     return 0
+
+
+def _write(out: Path, vectors: np.ndarray, names: list[str]) -> None:
+    """The vectors and the table of their names; a kill never leaves vectors beside the names of others."""
+    table, text = out.with_suffix(".csv"), io.StringIO()
+    csv.writer(text).writerows([["path"], *([name] for name in names)])
+
+    def write(file: BinaryIO) -> None:
+        np.save(file, vectors)
+        if not table.is_file() or table.read_bytes() != text.getvalue().encode():
+            out.unlink(missing_ok=True)
+            write_text(table, text.getvalue())
+
+    write_atomically(out, write)
 
 
 def _parser(program: str | None) -> Any:

@@ -21,11 +21,12 @@ from metric_kd.cli.stored import run_of
 from metric_kd.data.records import ImageRecords
 from metric_kd.deploy import model_card, parity
 from metric_kd.deploy.bridge import Bridge, bridge_from
-from metric_kd.deploy.embedder import images_in, no_bridge
+from metric_kd.deploy.embedder import images_in, no_bridge, pixels_of
 from metric_kd.deploy.export import FORMATS, WRITERS, EmbeddingGraph, describe, require_packages
 from metric_kd.deploy.exported import Exported
 from metric_kd.deploy.int8 import quantise_dynamic, quantise_static
 from metric_kd.deploy.lineage import lineage_of
+from metric_kd.deploy.names import shown
 from metric_kd.devices import choose_device
 from metric_kd.engine.checkpoint import find_checkpoint, read_checkpoint, restore_network, write_atomically, write_text
 from metric_kd.engine.run_directory import check_folder
@@ -88,9 +89,9 @@ def _checked(options: Any) -> Path:
     if not out.absolute().parent.is_dir():
         raise UserError(f"--out {out}: the folder {out.parent} does not exist; create it first.")
     check_folder(out.absolute().parent, "--out")
-    for folder in (options.images, options.calibration):
+    for flag, folder in (("--images", options.images), ("--calibration", options.calibration)):
         if folder is not None:
-            images_in(folder)
+            images_in(folder, flag)
     require_packages(options.to)
     return out
 
@@ -122,7 +123,7 @@ def _description(options: Any, graph: EmbeddingGraph, out: Path) -> dict[str, st
 
 
 def _samples(folder: str | None, records: ImageRecords | None, count: int, reason: str) -> list[Any]:
-    """Images, evenly spread over a folder, or else over the records; files are not read yet."""
+    """Images, evenly spread over a folder, or else over the records. Raises ``UserError`` where one cannot be read."""
     source: Any
     if folder is not None:
         source = images_in(folder)
@@ -131,7 +132,13 @@ def _samples(folder: str | None, records: ImageRecords | None, count: int, reaso
     else:
         raise UserError(f"there are no images to check the file on: {reason} Give a folder, as --images DIR.")
     rows = np.unique(np.linspace(0, len(source) - 1, min(count, len(source))).round().astype(int))
-    return [source[row] for row in rows]
+    chosen = [source[row] for row in rows]
+    for image in chosen:
+        try:
+            pixels_of(image)
+        except UserError as error:
+            raise UserError(str(error).replace(", or use --skip_unreadable", "")) from error
+    return chosen
 
 
 def _calibrating(options: Any, session: Session | None, reason: str) -> list[Any]:
@@ -158,6 +165,10 @@ def _export(
     exported = Exported(plain)
     found = parity.check_parity(graph, exported, samples)
     measured: dict[str, Any] = {"parity": asdict(found), "lines": [], "rows": []}
+    if np.isnan(found.difference):
+        raise UserError(
+            "the network gives embeddings that are not finite; nothing was written, give another checkpoint."
+        )
     if not found.difference <= parity.TOLERANCE:
         raise UserError(
             f"the exported file differs from PyTorch by {found.difference:.2g}, more than {parity.TOLERANCE:g}; nothing was "
@@ -248,7 +259,8 @@ def _write(options: Any, out: Path, made: Path, measured: dict[str, Any], config
     write_text(Path(f"{out}.md"), model_card.text(card, options.to))
     write_text(Path(f"{out}.json"), json.dumps(card, indent=2) + "\n")
     write_atomically(out, lambda file: file.write(content))
-    print(f"wrote {out} ({len(content) / 1e6:.2f} MB), its card {out}.md and the card's numbers {out}.json")
+    name = shown(out)
+    print(f"wrote {name} ({len(content) / 1e6:.2f} MB), its card {name}.md and the card's numbers {name}.json")
 
 
 def _parser(program: str | None) -> Any:

@@ -11,6 +11,7 @@ from metric_kd.deploy.factory import EXAMPLES, parse_factory
 from metric_kd.deploy.indexing import Made, check_file, make_index
 from metric_kd.deploy.measuring import measure
 from metric_kd.deploy.model import open_model
+from metric_kd.deploy.names import shown
 from metric_kd.devices import choose_device
 from metric_kd.errors import UserError
 
@@ -42,19 +43,19 @@ def main(arguments: Sequence[str], program: str | None = None) -> int:
 
 def _summary(made: Made, file: Path, seconds: float) -> str:
     index = made.content.index
-    lines = []
+    lines, name = [], shown(file)
     if made.skipped:
-        lines.append(f"skipped {len(made.skipped)} unreadable images, the first {made.skipped[0]}")
+        lines.append(f"skipped {len(made.skipped)} unreadable images, the first {shown(made.skipped[0])}")
     if made.unchanged:
-        lines.append(f"{file} is up to date: {len(index):,} images, {index.factory}")
+        lines.append(f"{name} is up to date: {len(index):,} images, {index.factory}")
         return "\n".join(lines)
     lines += made.notes
     lines.append(
-        f"{file}: {len(index):,} images, {index.factory}, {file.stat().st_size / 1e6:,.2f} MB, {seconds:.1f} s; "
+        f"{name}: {len(index):,} images, {index.factory}, {file.stat().st_size / 1e6:,.2f} MB, {seconds:.1f} s; "
         f"{made.added:,} added, {made.changed:,} changed, {made.removed:,} removed"
     )
     lines.append(measure(index, vectors=made.vectors).sentence(str(index.factory)))
-    lines.append(f"search it with metric-kd search {file} --query IMAGE")
+    lines.append(f"search it with metric-kd search {name} --query IMAGE")
     return "\n".join(lines)
 
 

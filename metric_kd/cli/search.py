@@ -8,6 +8,7 @@ from typing import Any, Literal
 
 from metric_kd.cli.parse import read_words
 from metric_kd.data.decode import decode
+from metric_kd.deploy.names import shown
 from metric_kd.deploy.searcher import Hit, Searcher, check_k
 from metric_kd.devices import check_device
 from metric_kd.errors import UserError
@@ -22,6 +23,8 @@ def main(arguments: Sequence[str], program: str | None = None) -> int:
         raise UserError("--page shows what queries find; give --query IMAGE.")
     if options.page is not None and (Path(options.page).is_dir() or Path(options.page).suffix not in (".html", ".htm")):
         raise UserError(f"--page {options.page} must be a file that ends in .html.")
+    if options.json and options.measure:
+        raise UserError("--json is for what queries find, and --measure prints a sentence; give one of them.")
     _check_readable(options.query)
     searcher = Searcher(options.file, options.model, options.images, options.device, options.bridge)
     if options.query:
@@ -32,7 +35,7 @@ def main(arguments: Sequence[str], program: str | None = None) -> int:
         page = None if options.page is None else _write_page(Path(options.page), searcher, options.query, found)
         print(_as_json(options.query, found) if options.json else _as_text(options.query, found, options.k))
         if page is not None and not options.json:
-            print(f"wrote {page}")
+            print(f"wrote {shown(page)}")
     if options.measure:
         print(searcher.measure(options.nprobe).sentence(searcher.factory))
     return 0
@@ -44,15 +47,15 @@ def _check_readable(queries: Sequence[str]) -> None:
             decode(query)
         except UserError as error:
             reason = str(error).removeprefix(f"cannot read the image {query} (").partition("); repair")[0]
-            raise UserError(f"cannot read the query {_shown(query)} ({reason}); give a whole image file.") from error
+            raise UserError(f"cannot read the query {shown(query)} ({reason}); give a whole image file.") from error
 
 
 def _as_text(queries: Sequence[str], found: Sequence[Sequence[Hit]], k: int) -> str:
     lines = []
     for query, hits in zip(queries, found, strict=True):
         if len(queries) > 1:
-            lines.append(f"{_shown(query)}:")
-        lines += [f"{rank:>3}  {hit.distance:.4f}  {_shown(hit.path)}" for rank, hit in enumerate(hits, 1)]
+            lines.append(f"{shown(query)}:")
+        lines += [f"{rank:>3}  {hit.distance:.4f}  {shown(hit.path)}" for rank, hit in enumerate(hits, 1)]
         if len(hits) < k:
             lines.append(f"only {len(hits)} of {k} were found; look further with a larger --nprobe")
     return "\n".join(lines)
@@ -65,11 +68,6 @@ def _as_json(queries: Sequence[str], found: Sequence[Sequence[Hit]]) -> str:
     return json.dumps([{"query": query, "found": hits(of)} for query, of in zip(queries, found, strict=True)], indent=1)
 
 
-def _shown(path: str) -> str:
-    """A path as it can be printed: names need not be UTF-8."""
-    return os.fsencode(path).decode(errors="replace")
-
-
 def _write_page(path: Path, searcher: Searcher, queries: Sequence[str], found: Sequence[Sequence[Hit]]) -> Path:
     from metric_kd.report.search_page import Asked, Found, write_search_page
 
@@ -79,16 +77,16 @@ def _write_page(path: Path, searcher: Searcher, queries: Sequence[str], found: S
         return os.path.relpath(hit.path, searcher.images)
 
     asked = [
-        Asked(_shown(Path(query).name), query, tuple(Found(_shown(name(hit)), hit.path, hit.distance) for hit in hits))
+        Asked(shown(Path(query).name), query, tuple(Found(shown(name(hit)), hit.path, hit.distance) for hit in hits))
         for query, hits in zip(queries, found, strict=True)
     ]
     asking = searcher.model()
-    by_student = {"Queries by": f"{asking.what} ({_shown(asking.path)})"} if asking.digest != about.model_digest else {}
+    by_student = {"Queries by": f"{asking.what} ({shown(asking.path)})"} if asking.digest != about.model_digest else {}
     facts = {
-        "Images": f"{len(searcher):,} in {_shown(searcher.images)}",
-        "Model": f"{about.model} ({_shown(about.model_path)})",
+        "Images": f"{len(searcher):,} in {shown(searcher.images)}",
+        "Model": f"{about.model} ({shown(about.model_path)})",
         **by_student,
-        "Index": f"{_shown(str(searcher.file))}, {searcher.factory}",
+        "Index": f"{shown(str(searcher.file))}, {searcher.factory}",
         "Embeddings": f"{about.dimensions} numbers each" + (", of length 1" if about.normalised else ""),
     }
     return write_search_page(path, asked, count=len(searcher), facts=facts)

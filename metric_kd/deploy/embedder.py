@@ -1,5 +1,6 @@
 """Embedder: a trained network for someone who only wants vectors."""
 
+import os
 from pathlib import Path
 from typing import Any
 
@@ -52,12 +53,11 @@ class Embedder:
     ) -> np.ndarray:
         """(N, D) float32 embeddings of N images.
 
-        images: file names, PIL images or (H, W, 3) uint8 arrays, mixed as you like, or one (N, 3, H, W) uint8 tensor or
-        (N, H, W, 3) uint8 array. Raises ``UserError`` for an unreadable file (named) and for anything else, unless
-        ``skipped`` is a list: then such images are added to it, and left out.
+        images: file names, PIL images or (H, W, 3) uint8 arrays, mixed as you like, or one of these; or one (N, 3, H, W)
+        uint8 tensor or (N, H, W, 3) uint8 array. Raises ``UserError`` for an unreadable file (named) and for anything else,
+        unless ``skipped`` is a list: then such images are added to it, and left out; and for a batch below 1.
         """
-        if isinstance(images, str | Path) or hasattr(images, "convert"):
-            images = [images]
+        images = several(images, batch)
         count = len(images)
         vectors: list[np.ndarray] = []
         starts = range(0, count, batch)
@@ -71,7 +71,7 @@ class Embedder:
             embedding = output.embedding.float().cpu()
             vectors.append((embedding if self.bridge is None else self.bridge(embedding)).numpy())
         if not vectors:
-            return np.empty((0, 0), dtype=np.float32)
+            return np.empty((0, self.dimensions), dtype=np.float32)
         return np.concatenate(vectors)
 
     def _views(self, images: Any, skipped: list[Any] | None) -> list[Tensor]:
@@ -95,6 +95,14 @@ class Embedder:
         return pixels[:, corner : corner + size, corner : corner + size]
 
 
+def several(images: Any, batch: int) -> Any:
+    """What :meth:`Embedder.embed` was given, as something of a length. Raises ``UserError`` for a batch below 1."""
+    if batch < 1:
+        raise UserError(f"batch is {batch}; give 1 or more.")
+    one = isinstance(images, str | Path) or hasattr(images, "convert") or getattr(images, "ndim", None) == 3
+    return [images] if one else images
+
+
 def pixels_of(image: Any) -> Tensor:
     """(3, H, W) uint8 of a file name, a PIL image, an (H, W, 3) uint8 array or a (3, H, W) uint8 tensor."""
     if isinstance(image, str | Path):
@@ -108,6 +116,8 @@ def pixels_of(image: Any) -> Tensor:
         pixels = torch.from_numpy(np.ascontiguousarray(array)).permute(2, 0, 1)
     if pixels.dtype != torch.uint8 or pixels.ndim != 3 or pixels.shape[0] != 3:
         raise UserError(f"an image tensor is (3, H, W) uint8, got {tuple(pixels.shape)} {pixels.dtype}; convert it.")
+    if not pixels.numel():
+        raise UserError(f"an image has one pixel or more, got {tuple(pixels.shape)}; leave it out.")
     return pixels
 
 
@@ -137,12 +147,34 @@ def no_bridge(run_or_checkpoint: "str | Path") -> UserError:
     return UserError(f"{run_or_checkpoint} holds no bridge; train it with run_distill.py --bridge ridge.")
 
 
-def images_in(folder: "str | Path") -> list[str]:
-    """The image files below a folder, sorted. Raises ``UserError`` where there are none."""
+def images_in(folder: "str | Path", flag: str = "--images") -> list[str]:
+    """The image files below a folder, sorted; hidden files and folders, and folders that are links, are left out.
+
+    Raises ``UserError``, naming the flag, where there are none, and where a folder among them cannot be read: its images
+    would seem to be gone.
+    """
     root = Path(folder)
     if not root.is_dir():
-        raise UserError(f"--images {root} is no folder; give one that holds images.")
-    found = sorted(str(p) for p in root.rglob("*") if p.suffix.lower() in EXTENSIONS and not p.name.startswith("."))
+        raise UserError(f"{flag} {root} is no folder; give one that holds images.")
+
+    def refuse(error: OSError) -> None:
+        raise UserError(
+            f"{flag}: cannot read the folder {error.filename} ({error.strerror}); permit it, or move it away."
+        )
+
+    found = []
+    for where, folders, files in os.walk(root, onerror=refuse):
+        folders[:] = [name for name in folders if _counts(name)]
+        found += [str(Path(where, name)) for name in files if _counts(name) and is_image(name)]
     if not found:
-        raise UserError(f"--images {root} holds no images; give another folder.")
-    return found
+        raise UserError(f"{flag} {root} holds no images; give another folder.")
+    return sorted(found)
+
+
+def is_image(name: "str | Path") -> bool:
+    """By its ending."""
+    return Path(name).suffix.lower() in EXTENSIONS
+
+
+def _counts(name: str) -> bool:
+    return not name.startswith(".") and name != "__MACOSX"

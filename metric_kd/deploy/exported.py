@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 
-from metric_kd.deploy.embedder import pixels_of
+from metric_kd.deploy.embedder import pixels_of, several
 from metric_kd.deploy.export import EXTRA, FORMATS, INPUT, METADATA, quiet
 from metric_kd.errors import UserError
 
@@ -47,8 +47,15 @@ class Exported:
         self.normalised = self.metadata["normalised"] == "true"
 
     def run(self, images: "Tensor | np.ndarray") -> np.ndarray:
-        """(N, D) float32 of (N, 3, H, W) uint8: one call of the graph."""
-        return self._run(np.ascontiguousarray(images))
+        """(N, D) float32 of (N, 3, H, W) uint8: one call of the graph. Raises ``UserError`` for anything else."""
+        array = np.ascontiguousarray(images)
+        if array.dtype != np.uint8 or array.ndim != 4 or array.shape[1] != 3 or 0 in array.shape[2:]:
+            raise UserError(
+                f"an exported file runs on (N, 3, H, W) uint8, got {array.shape} {array.dtype}; convert it, or use embed."
+            )
+        if not len(array):
+            return np.zeros((0, self.dimensions), np.float32)
+        return self._run(array)
 
     def embed(
         self, images: Any, batch: int = 64, progress: bool = False, skipped: list[Any] | None = None
@@ -58,8 +65,7 @@ class Exported:
         images, skipped and errors: as of :meth:`Embedder.embed`. Images of one size run together, ``batch`` of them or
         fewer: ``AT_ONCE`` bounds the memory.
         """
-        if isinstance(images, str | Path) or hasattr(images, "convert"):
-            images = [images]
+        images = several(images, batch)
         vectors = np.zeros((len(images), self.dimensions), dtype=np.float32)
         good = np.ones(len(images), dtype=bool)
         pixels = self._decoded(images, good, skipped, progress)

@@ -137,6 +137,8 @@ def _member(archive: zipfile.ZipFile, name: str) -> Iterator[Any]:
 def read_index(path: "str | Path") -> IndexFile:
     """Raises ``NoIndex`` for another, a truncated or a damaged file, and ``UserError`` where faiss is needed and absent."""
     path = Path(path)
+    if path.is_dir():
+        raise UserError(f"{path} is a folder; give the file that metric-kd index wrote.")
     if not path.is_file():
         raise UserError(f"the index {path} does not exist; make it with metric-kd index, or check the path.")
     try:

@@ -27,7 +27,7 @@ class Part:
     header (JSON: whose embeddings of which files these are), and from the next full page the rows, float32.
 
     Rows of files that are listed still, unchanged, are taken over when the list has changed since. Raises ``UserError``
-    where what is there was begun with another model or folder.
+    where what is there was begun with another model or folder, unless no row of it was written.
     """
 
     def __init__(self, file: Path, model: Model, root: str, precision: str, files: Files):
@@ -51,6 +51,8 @@ class Part:
             written, offset, header = _head(self.path)
             names, sizes, modified = header.pop("names"), header.pop("sizes"), header.pop("modified")
         except (OSError, ValueError, KeyError):
+            return None
+        if not written:
             return None
         if header != self.header:
             other = "folder" if header.get("images") != self.root else "model or precision"

@@ -9,7 +9,7 @@ from pathlib import Path
 import numpy as np
 
 from metric_kd.data.decode import check_header, state_of
-from metric_kd.deploy.embedder import images_in
+from metric_kd.deploy.embedder import images_in, is_image
 from metric_kd.deploy.factory import EXACT_CODES_UP_TO, Factory, check_factory, choose_factory, parse_factory
 from metric_kd.deploy.index_file import About, Files, IndexFile, read_index, sweep_beside, write_index
 from metric_kd.deploy.index_part import Part, part_of, remove_part
@@ -82,6 +82,8 @@ def check_file(file: Path) -> None:
     """Raise ``UserError`` where a file cannot be written; cheap."""
     if file.is_dir():
         raise UserError(f"--out {file} is a folder; give the name of a file.")
+    if is_image(file):
+        raise UserError(f"--out {file} ends as an image does, and would be taken for one; give another name.")
     if not file.parent.is_dir():
         raise UserError(f"--out {file}: the folder {file.parent} does not exist; create it first.")
     if not os.access(file.parent, os.W_OK):
@@ -143,7 +145,12 @@ def _make(
     if len(todo):
         _check_room(file, len(keys), len(todo), about)
         with contextlib.closing(Part(file, model, about.images, about.precision, todo)) as part:
-            part.fill(batch, skip_unreadable, progress)
+            try:
+                part.fill(batch, skip_unreadable, progress)
+            except UserError:
+                if not part.written:
+                    remove_part(file)
+                raise
             fresh, vectors, skipped = part.result()
     if not keep.any() and not len(fresh):
         raise UserError(f"none of the images in {about.images} can be read; check --images.")

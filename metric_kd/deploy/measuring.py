@@ -16,8 +16,8 @@ TIE = 1e-5
 
 @dataclass(frozen=True)
 class Measured:
-    """recall1, recall10: share of the true nearest 1 and 10 that are found, None where only codes are left; queries: over
-    how many; ms: per query, one at a time; bytes_each: :func:`bytes_per_vector`, paths not counted."""
+    """recall1, recall10: share of the true nearest 1 and 10 that are found, None where only codes are left or a vector is
+    alone; queries: over how many; ms: per query, one at a time; bytes_each: :func:`bytes_per_vector`, paths not counted."""
 
     recall1: float | None
     recall10: float | None
@@ -27,6 +27,8 @@ class Measured:
 
     def sentence(self, name: str) -> str:
         cost = f"{self.ms:.2f} ms per query, {self.bytes_each:,.0f} MB per million vectors"
+        if self.queries == 1:
+            return f"{name}: {cost}; it holds one image, which has no neighbour to find"
         if self.recall1 is None or self.recall10 is None:
             return f"{name}: {cost}; what it loses cannot be measured, as it holds codes only (see --keep_vectors)"
         finds = (

@@ -32,7 +32,7 @@ class Searcher:
     has moved.
 
     len(searcher): number of images N; ``factory``, ``dimensions``: of the index. Raises ``UserError`` for a file that is no
-    index or was damaged.
+    index or was damaged, and for ``images`` that are no folder.
     """
 
     def __init__(
@@ -47,11 +47,13 @@ class Searcher:
             raise UserError(
                 "--bridge leads from a student to the model of the index; name the student, as --model RUN."
             )
+        if images is not None and not Path(images).is_dir():
+            raise UserError(f"--images {images} is no folder; give the one where the images of {file} lie now.")
         self.file, self.device, self.bridge = Path(file), device, bridge
         self._content = read_index(file)
         self.about = self._content.about
         self.factory, self.dimensions = str(self._content.index.factory), self.about.dimensions
-        self.images = str(images or self.about.images)
+        self.images = str(self.about.images if images is None else images)
         self._given, self._lock = model, threading.Lock()
         self._model: Model | None = None
 

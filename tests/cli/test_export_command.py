@@ -121,6 +121,28 @@ def test_without_the_runs_data_a_folder_of_images_will_do(teacher_run, photos, t
     assert "Recall@1 was" not in capsys.readouterr().out and (moved / "moved.int8-static.onnx").is_file()
 
 
+def test_images_and_weights_that_cannot_serve_are_named(teacher_run, photos, tmp_path, capsys, monkeypatch):
+    content = read_checkpoint(teacher_run)
+    content.pop("format", None)
+    next(iter(content["model"].values())).view(-1)[0] = torch.nan
+    write_checkpoint(tmp_path / "nan.pth", content)
+    assert "embeddings that are not finite; nothing" in refusal(
+        capsys, tmp_path / "nan.pth", "--to", "onnx", "--images", photos
+    )
+    monkeypatch.setattr("metric_kd.cli.export.WRITERS", {})  # what follows comes before any work
+    shutil.copytree(photos, tmp_path / "cut")
+    broken = tmp_path / "cut" / "broken.png"
+    broken.write_bytes(next(photos.rglob("*.png")).read_bytes()[:100])
+    words = (teacher_run, "--to", "onnx", "--out", tmp_path / "t.onnx", "--skip_recall")
+    said = refusal(capsys, *words, "--int8", "static", "--images", photos, "--calibration", tmp_path / "cut")
+    assert str(broken) in said and said.endswith("; repair or remove it.")
+    assert str(broken) in refusal(capsys, *words, "--images", tmp_path / "cut")
+    (tmp_path / "empty").mkdir()
+    said = refusal(capsys, *words, "--int8", "static", "--calibration", tmp_path / "empty")
+    assert said.startswith("error: --calibration ")
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["cut", "empty", "nan.pth", "photos"]
+
+
 def test_a_file_that_differs_is_not_written(teacher_run, photos, tmp_path, capsys, monkeypatch):
     monkeypatch.setattr(parity, "TOLERANCE", -1.0)
     out = tmp_path / "t.onnx"

@@ -121,6 +121,7 @@ def test_bad_input_is_one_sentence(index, teacher_run, image_folder, tmp_path, c
         ([*make, "--factory", "IVF65,Flat"], "trained on 65 images or more, and there are 64"),
         ([*make, "--batch", "0"], "--batch is 0"),
         ([*make[:-1], tmp_path / "no" / "i"], "does not exist; create it first"),
+        ([*make[:-1], tmp_path / "i.jpg"], "ends as an image does"),
         ([*make[:-1], tmp_path / "diary.txt"], "is no index, or was damaged"),
         (["index", teacher_run, "--images", tmp_path / "empty", "--out", tmp_path / "i"], "holds no images"),
         (["index", tmp_path / "no.onnx", *make[2:]], "does not exist"),
@@ -132,6 +133,9 @@ def test_bad_input_is_one_sentence(index, teacher_run, image_folder, tmp_path, c
         (["search", index, "--query", query, "--k", "65"], "k is 65, but the index holds 64 images"),
         (["search", index, "--query", tmp_path / "diary.txt"], "cannot read the query"),
         (["search", index, "--query", tmp_path / "none.png"], "cannot read the query"),
+        (["search", tmp_path, "--query", query], "is a folder; give the file that metric-kd index wrote"),
+        (["search", index, "--query", query, "--images", tmp_path / "no"], "is no folder; give the one where"),
+        (["search", index, "--query", query, "--json", "--measure"], "give one of them"),
         (["search", index], "nothing to search for"),
         (["search", index, "--query", query, "--nprobe", "3"], "leave --nprobe out"),
         (["search", index, "--query", query, "--page", tmp_path], "ends in .html"),
@@ -140,6 +144,25 @@ def test_bad_input_is_one_sentence(index, teacher_run, image_folder, tmp_path, c
     ]:
         assert text in refusal(capsys, *words), words
     assert sorted(os.listdir(tmp_path)) == ["diary.txt", "empty", "run.pt2"], "nothing is left behind"
+
+
+def test_names_that_are_no_text_can_be_printed(teacher_run, image_folder, tmp_path, capsys):
+    """Standard output refuses what is no UTF-8, as a terminal's does."""
+    odd = os.fsdecode(b"\xff")
+    (tmp_path / odd).mkdir()
+    shutil.copy(image_folder / "class00" / "00.png", tmp_path / odd / "a\nb.png")
+    (tmp_path / odd / f"{odd}.png").write_bytes(b"\x89PNG\r\n\x1a\n")
+    file, page = tmp_path / f"{odd}.index", tmp_path / f"{odd}.html"
+    flags = ["--images", str(tmp_path / odd), "--out", str(file), "--skip_unreadable"]
+    assert console(["index", str(teacher_run), *flags]) == 0
+    printed = capsys.readouterr().out
+    assert "skipped 1 unreadable images, the first \ufffd.png" in printed and "\ufffd.index: 1 images" in printed
+    assert "it holds one image, which has no neighbour to find" in printed
+    query = str(tmp_path / odd / "a\nb.png")
+    assert console(["search", str(file), "--query", query, "--k", "1", "--page", str(page)]) == 0
+    first, last = capsys.readouterr().out.splitlines()
+    assert first.endswith("\ufffd/a\ufffdb.png") and last == f"wrote {tmp_path}/\ufffd.html"
+    assert page.is_file()
 
 
 @pytest.mark.parametrize("name", ["photo (1).jpg", "a (b); repair (c).jpg"])

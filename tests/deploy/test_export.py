@@ -218,3 +218,16 @@ def test_what_cannot_be_exported_is_said_in_one_sentence(graph, tmp_path, monkey
     with pytest.raises(UserError, match="ends at 2 GiB"):
         write_onnx(graph, tmp_path / "x", metadata(graph))
     assert not list(tmp_path.iterdir())
+
+
+def test_what_a_file_does_not_run_on_is_said(graph, files):
+    for file in files.values():
+        running_file = Exported(file)
+        none = running_file.run(np.zeros((0, 3, 32, 32), np.uint8))
+        assert none.shape == running_file.embed([]).shape == (0, 8)
+        for images in (pixels(3, 5, 5), pixels(2, 5, 5, 3), pixels(2, 3, 5, 5).float(), pixels(2, 3, 0, 5)):
+            with pytest.raises(UserError, match=r"runs on \(N, 3, H, W\) uint8, got"):
+                running_file.run(images)
+        with pytest.raises(UserError, match="batch is 0"):
+            running_file.embed([], batch=0)
+        np.testing.assert_array_equal(running_file.embed(pixels(3, 9, 7)), running_file.embed([pixels(3, 9, 7)]))

@@ -16,6 +16,7 @@ import zipfile
 import numpy as np
 import pytest
 import torch
+from mortal import ON_DISK, attempt
 from PIL import Image
 
 from metric_kd.deploy import index_file, index_part, indexing, vector_index
@@ -292,36 +293,14 @@ def test_auto_trains_again_when_it_is_outgrown(folder, tmp_path, monkeypatch):
     holds(tmp_path / "i", folder)
 
 
-def attempt(work, kill_at=None):
-    """Run ``work`` in a child that SIGKILLs itself at the n-th write, flush, rename or removal, half of a write done."""
-    child = os.fork()
-    if child == 0:
-        count = itertools.count(1)
+def half_of_write_array(write_array, file, *arguments, **named):
+    half = io.BytesIO()
+    write_array(half, *arguments, **named)
+    file.write(half.getvalue()[: half.tell() // 2])
+    file._fileobj.flush()
 
-        def mortal(call):
-            def wrapped(*arguments, **named):
-                if next(count) == kill_at:
-                    if call.__name__ == "pwrite":
-                        call(arguments[0], arguments[1][: len(arguments[1]) // 2], arguments[2])
-                    if call.__name__ == "write_array":
-                        half = io.BytesIO()
-                        call(half, *arguments[1:], **named)
-                        arguments[0].write(half.getvalue()[: half.tell() // 2])
-                        arguments[0]._fileobj.flush()
-                    os.kill(os.getpid(), signal.SIGKILL)
-                return call(*arguments, **named)
 
-            return wrapped
-
-        for name in ("pwrite", "fsync", "replace", "unlink"):
-            setattr(os, name, mortal(getattr(os, name)))
-        np.lib.format.write_array = mortal(np.lib.format.write_array)
-        try:
-            work()
-            os._exit(0)
-        except BaseException:
-            os._exit(1)
-    return os.waitpid(child, 0)[1]
+CALLS = {**ON_DISK, (np.lib.format, "write_array"): half_of_write_array}
 
 
 @pytest.mark.parametrize("factory", ["Flat", "IVF4,Flat"])
@@ -340,7 +319,9 @@ def test_killed_at_any_moment_it_goes_on_to_the_same_file(folder, tmp_path, smal
             file.unlink(missing_ok=True)
             if before is not None:
                 file.write_bytes(before)
-            status = attempt(lambda: make_index(toy(), folder, file, factory=factory, batch=2), kill_at=moment)
+            status = attempt(
+                lambda: make_index(toy(), folder, file, factory=factory, batch=2), kill_at=moment, calls=CALLS
+            )
             if status == 0:
                 break
             assert os.WIFSIGNALED(status), "it died of something else"
@@ -383,7 +364,7 @@ def test_killed_by_others_at_random_moments(folder, tmp_path, small_blocks):
 
 def test_what_was_embedded_is_not_embedded_again(folder, tmp_path, small_blocks):
     file, model = tmp_path / "i", toy()
-    assert attempt(lambda: make_index(toy(), folder, file, batch=2), kill_at=10)
+    assert attempt(lambda: make_index(toy(), folder, file, batch=2), kill_at=10, calls=CALLS)
     done = index_part._head(tmp_path / "i.part")[0]
     assert 4 <= done < 12
     draw(folder / "c" / "new.png", 77)  # also where the folder has changed meanwhile
@@ -395,7 +376,7 @@ def test_what_was_embedded_is_not_embedded_again(folder, tmp_path, small_blocks)
 
 def test_unfinished_work_of_others_is_refused_and_half_a_part_forgotten(folder, tmp_path, small_blocks):
     file = tmp_path / "i"
-    assert attempt(lambda: make_index(toy(), folder, file, batch=2), kill_at=14)
+    assert attempt(lambda: make_index(toy(), folder, file, batch=2), kill_at=14, calls=CALLS)
     with pytest.raises(UserError, match="unfinished work with another model"):
         make_index(toy("other"), folder, file)
     with pytest.raises(UserError, match="unfinished work with another model or precision"):
@@ -405,6 +386,21 @@ def test_unfinished_work_of_others_is_refused_and_half_a_part_forgotten(folder, 
         make_index(toy(), tmp_path / "copy", file)
     with open(tmp_path / "i.part", "rb+") as part:
         part.truncate(5000)
+    make_index(toy(), folder, file)
+    holds(file, folder)
+
+
+def test_a_model_that_fails_at_once_leaves_no_unfinished_work_behind(folder, tmp_path):
+    class Broken(Toy):
+        def embed(self, images, batch=64, progress=False, skipped=None):
+            return np.full((len(images), 8), np.nan, np.float32)
+
+    file = tmp_path / "i"
+    with pytest.raises(UserError, match="not finite"):
+        make_index(toy("broken")._replace(embedder=Broken()), folder, file)
+    assert os.listdir(tmp_path) == ["images"]
+    assert attempt(lambda: make_index(toy("broken"), folder, file, batch=2), kill_at=4, calls=CALLS)
+    assert index_part._head(tmp_path / "i.part")[0] == 0, "nothing was embedded yet by the one that was killed"
     make_index(toy(), folder, file)
     holds(file, folder)
 
