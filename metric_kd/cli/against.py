@@ -49,8 +49,8 @@ def matrix_of(parsed: Parsed, against: str, bridge: str) -> Matrix:
             check_widths(session.student.embedding_size, teacher.embedding_size)
         metrics = session.config.metrics or ["map@r"]
         check_metrics(metrics, session.test.records.labels, session.test.records.query, session.test.records.gallery)
-        ours = embedded(session, session.student, session.test.records)
-        theirs = embedded(session, teacher, session.test.records)
+        ours = embedded(session, session.student, name=load)
+        theirs = embedded(session, teacher, name=against)
         used, how = _bridge(session, load, teacher, against, bridge)
         records, config = session.test.records, session.config
         found = compatibility(

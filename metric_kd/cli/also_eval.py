@@ -42,8 +42,8 @@ def loaders_of(config: RunConfig) -> dict[str, ImageLoader]:
     loaders = {}
     for entry in config.also_eval:
         name, _, data = entry.partition(":")
-        records = load_dataset(name, data or config.data).test
         try:
+            records = load_dataset(name, data or config.data).test
             check_ks(config.recall, gallery_size(len(records), records.query, records.gallery))
         except UserError as error:
             raise UserError(f"--also_eval {entry}: {error}") from error

@@ -12,6 +12,7 @@ from metric_kd.data.loading import ImageLoader
 from metric_kd.data.records import ImageRecords, Splits
 from metric_kd.data.transforms import Geometry
 from metric_kd.engine.checkpoint import restore_network
+from metric_kd.errors import UserError
 from metric_kd.evaluation.embed import Embeddings, embed
 from metric_kd.models import default_pixels
 from metric_kd.models.backbone import Pixels
@@ -40,11 +41,16 @@ def loader_for(session: Session, network: Any, records: ImageRecords | None = No
         loader.close()
 
 
-def embedded(session: Session, network: Network, records: ImageRecords | None = None) -> Embeddings:
-    """The embeddings of these images (by default the session's test images), in the order of the data set."""
+def embedded(
+    session: Session, network: Network, records: ImageRecords | None = None, name: str = "the network"
+) -> Embeddings:
+    """The embeddings of these images (by default the session's test images), in the order of the data set.
+
+    Raises ``UserError``, with ``name`` (as the run), where they are not finite.
+    """
     config = session.config
     with loader_for(session, network, records) as loader:
-        return embed(
+        found = embed(
             network,
             loader.test(config.batch),
             device=session.device,
@@ -52,6 +58,13 @@ def embedded(session: Session, network: Network, records: ImageRecords | None = 
             progress="embedding",
             total=-(-len(loader.records) // config.batch),
         )
+    lost = int((~found.vectors.isfinite().all(1)).sum())
+    if lost:
+        raise UserError(
+            f"{name}: its embeddings of {lost} of {len(found.vectors)} images are not finite; train it again with a lower "
+            "learning rate, or with fp32 instead of fp16."
+        )
+    return found
 
 
 def teacher_beside(session: Session, path: str, stored: Mapping[str, Any]) -> Network:

@@ -69,11 +69,12 @@ def _reports(
             check_ks([options.k], gallery_size(len(records), records.query, records.gallery))
             data = records.fingerprint()
             if theirs is None:
-                theirs, seen = embedded(session, teacher_beside(session, against, config)), data
+                teacher = teacher_beside(session, against, config)
+                theirs, seen = embedded(session, teacher, name=against), data
             if data != seen:
                 raise UserError(f"{run} has other test images than {runs[0]}; name runs of one data set and split.")
             assert isinstance(session.student, Network)
-            sides = Sides(embedded(session, session.student), theirs, records.query, records.gallery)
+            sides = Sides(embedded(session, session.student, name=run), theirs, records.query, records.gallery)
             found = compare(sides, records.class_names, options.k)
         finally:
             session.close()

@@ -128,7 +128,8 @@ class Measuring:
         )
         asked, offered = _rows(records.query, len(records)), _rows(records.gallery, len(records))
         described = f"{len(records):,} of {records.num_classes:,} classes that were not trained on, "
-        if records.query is None and records.gallery is None:
+        whole = records.query is None and records.gallery is None
+        if whole:
             described += "each a query against all others"
         else:
             described += f"{len(asked):,} queries against a gallery of {len(offered):,}"
@@ -139,7 +140,7 @@ class Measuring:
             records.class_names,
             [],
             pixels_of(records, asked),
-            pixels_of(records, offered),
+            None if whole else pixels_of(records, offered),
         )
         return self.found.setdefault((False, records.fingerprint() + sides), Gathered(test))
 
@@ -185,7 +186,7 @@ class Measuring:
         records = session.test.records
         ks = sorted({1, *session.config.recall})
         near = min(NEIGHBOURS, gallery_size(len(records), records.query, records.gallery))
-        vectors = embedded(session, network, records)
+        vectors = embedded(session, network, records, about.title)
         _, found = evaluate_retrieval(vectors, [*ks, near], query=records.query, gallery=records.gallery)
         hits = {k: hits_at_k(found, k) for k in ks}
         scores = {f"Recall@{k}": bootstrap(values) for k, values in hits.items()}

@@ -50,8 +50,8 @@ def fit_bridge(student: Tensor, teacher: Tensor, kind: str = "ridge", strength: 
         keeps the student's own order of neighbours (D <= E; U V^T has orthonormal rows then).
 
     strength: of the ridge; None: of ``STRENGTHS`` the one with the least generalised cross-validation error
-    |T - S W|^2 / (N - 1 - df)^2, the 1 being the mean. In float64. Raises ``UserError`` for fewer than two images, unequal numbers, values that are
-    not finite, an unknown kind, or a negative strength.
+    |T - S W|^2 / (N - 1 - df)^2, the 1 being the mean. In float64. Raises ``UserError`` for fewer than two images, unequal
+    numbers, values that are not finite, an unknown kind, or a negative strength.
 
     Hoerl, Kennard: Ridge Regression, 1970; Golub, Heath, Wahba: Generalized Cross-Validation, 1979; Schoenemann: A
     generalized solution of the orthogonal Procrustes problem, 1966 [M].

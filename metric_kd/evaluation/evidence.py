@@ -114,8 +114,10 @@ def uniformity(x: Tensor, t: float = 2.0) -> float:
     if len(x) < 2:
         raise UserError("uniformity compares pairs of embeddings; give two or more.")
     rows, total = unit_rows(x).float(), 0.0
-    for part in rows.split(max(1, SHARE // len(rows))):
-        total += float((2 * t * (part @ rows.T - 1)).exp().sum(dtype=torch.float64))
+    lengths = rows.square().sum(1)  # 1, but 0 of a vector of zeros
+    step = max(1, SHARE // len(rows))
+    for part, own in zip(rows.split(step), lengths.split(step), strict=True):
+        total += float((t * (2 * part @ rows.T - own[:, None] - lengths)).exp().sum(dtype=torch.float64))
     n = len(rows)
     return float(torch.tensor((total - n) / (n * (n - 1)), dtype=torch.float64).clamp(min=1e-300).log())
 

@@ -57,13 +57,16 @@ class Group:
 
 @dataclass(frozen=True)
 class Gallery:
-    """compared: the names (before, after) of the two networks that sort the queries, or None for a single network."""
+    """compared: the names (before, after) of the two networks that sort the queries, or None for a single network; split:
+    whether a gallery of its own is searched, not all other test images.
+    """
 
     title: str
     queries: int
     k: int
     groups: tuple[Group, ...]
     compared: tuple[str, str] | None
+    split: bool = False
 
     def count(self, key: str) -> int:
         return next(group.count for group in self.groups if group.key == key)
@@ -104,6 +107,7 @@ def retrieval_gallery(
     teacher and the distilled one, whose first neighbours make the groups; None groups by the first network alone.
     groups: headings for other networks than those, as ``COMPARED`` has them: fixed is wrong with the first of ``compare``
     and right with the second, broken the reverse. side: px of the longer side of a large image's thumbnail.
+    gallery_images: where the queries are searched in images of their own.
     ``per_group`` queries are drawn at random from each group (``seed``), of different classes while there are any.
     Raises ``UserError`` where the networks do not fit each other or fewer than k neighbours were searched.
     """
@@ -128,7 +132,7 @@ def retrieval_gallery(
         chosen = _draw(np.flatnonzero(members[key]), labels, per_group, draw)
         rows = tuple(painter.row(query) for query in chosen)
         made.append(Group(key, heading, explanation, int(members[key].sum()), rows))
-    return Gallery(title, len(labels), k, tuple(made), compare)
+    return Gallery(title, len(labels), k, tuple(made), compare, split=gallery_images is not None)
 
 
 def _check(networks: Mapping[str, Neighbours], compare: tuple[str, str] | None, k: int) -> None:

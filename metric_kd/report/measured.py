@@ -60,7 +60,8 @@ class Measured:
 @dataclass(frozen=True)
 class TestSet:
     """Networks that were tested on the same images. name: of the data set; queries: how many images were asked about;
-    described: the images in words; query_images, gallery_images: their pictures, where networks embed.
+    described: the images in words; query_images: their pictures, where networks embed; gallery_images: those of a gallery of its
+    own.
     """
 
     __test__ = False  # its name does not make it a test

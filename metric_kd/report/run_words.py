@@ -72,7 +72,8 @@ def _found(run: Measured, teacher: Measured | None, test: TestSet) -> str:
     if teacher is None or metric not in teacher.scores:
         return f"{text}."
     theirs = teacher.scores[metric].mean
-    kept = f": {100 * value.mean / theirs:.0f}% of the teacher's {metric} is kept" if theirs > 0 else ""
+    share = value.mean / theirs if theirs > 0 else 0.0
+    kept = f": {100 * share:.0f}% of the teacher's {metric} is kept" if theirs > 0 and share <= 1 else ""
     return f"{text}; its teacher does so in {percent(theirs)}{kept}."
 
 

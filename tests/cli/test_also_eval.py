@@ -74,6 +74,7 @@ def test_refusals_come_before_training(image_folder, elsewhere, tmp_path, capsys
     for more, says in (
         (["--also_eval", "foldr"], "did you mean"),
         (["--also_eval", f"folder:{tmp_path / 'nothing'}"], "nothing"),
+        (["--also_eval", f"folder:{tmp_path / 'nothing'}"], f"--also_eval folder:{tmp_path / 'nothing'}: the folder"),
         (["--also_eval", "folder", "--also_eval", "folder"], "twice"),
         (["--also_eval", f"folder:{elsewhere}", "--recall", "20"], "K = 20 is larger than the gallery"),
         (["--also_eval", "folder", "--task", "classification"], "--also_eval measures embeddings"),

@@ -1,6 +1,7 @@
 """metric-kd evidence: of one run, of several seeds, and what it refuses."""
 
 import json
+import shutil
 
 import pytest
 from tiny import TINY, write_images
@@ -8,6 +9,7 @@ from tiny import TINY, write_images
 from metric_kd.cli.distill import main as distill
 from metric_kd.cli.main import main as console
 from metric_kd.cli.train import main as train
+from metric_kd.engine.checkpoint import read_checkpoint, write_checkpoint
 
 
 @pytest.fixture(scope="module")
@@ -79,3 +81,27 @@ def test_what_it_refuses(students, teacher_run, tmp_path, capsys):
     other = tmp_path / "other"
     train([*TINY, "--data", str(write_images(tmp_path / "images", 6, 8)), "--save_dir", str(other), "--epochs", "1"])
     assert "other test images" in refused(students[0], other, "--against", teacher_run)
+
+
+def test_the_network_that_has_no_finite_embeddings_is_named(students, teacher_run, tmp_path, capsys):
+    broken = tmp_path / "broken.pth"
+    content = read_checkpoint(students[1])
+    content.pop("format")
+    next(iter(content["model"].values())).fill_(float("nan"))
+    write_checkpoint(broken, content)
+    run = tmp_path / "run"
+    shutil.copytree(students[1], run)
+    shutil.copy(broken, run / "best.pth")
+    (run / "evidence.json").unlink(missing_ok=True)
+    against = ["--against", str(broken)]
+    pages = ["report", str(students[0]), str(run), "--out", str(tmp_path / "page.html")]
+    for words, named in (
+        (["evidence", str(students[0]), str(run)], run),
+        (["evidence", str(students[0]), *against], broken),
+        (["eval", str(students[0]), *against], broken),
+        (pages, "run"),
+    ):
+        capsys.readouterr()
+        assert console(words) == 2
+        assert f"{named}: its embeddings of 32 of 32 images are not finite" in capsys.readouterr().err
+    assert not (run / "evidence.json").exists() and not (tmp_path / "page.html").exists()

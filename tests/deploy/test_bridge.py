@@ -93,3 +93,38 @@ def test_constant_embeddings_give_the_mean():
     for kind in ("ridge", "procrustes"):
         there = fit_bridge(torch.ones(60, 5), teacher, kind)(torch.ones(2, 5))
         torch.testing.assert_close(there, teacher.mean(0).expand(2, -1))
+
+
+@pytest.mark.parametrize("n", [9, 12, 40])
+def test_the_strength_is_that_of_leaving_images_out_however_few_there_are(n):
+    student, teacher = (x.double() for x in spaces(n=n, d=12, noise=100.0))
+    strengths = [10.0**k for k in range(-6, 2)]
+    unit = (student - student.mean(0)).square().sum() / 12
+
+    def missed(strength):
+        total = 0.0
+        for k in range(n):
+            ours, theirs = (torch.cat([x[:k], x[k + 1 :]]) for x in (student, teacher))
+            mean, shift = ours.mean(0), theirs.mean(0)
+            square = (ours - mean).T @ (ours - mean) + strength * unit * torch.eye(12, dtype=torch.float64)
+            weight = torch.linalg.solve(square, (ours - mean).T @ (theirs - shift))
+            total += ((student[k] - mean) @ weight + shift - teacher[k]).square().sum()
+        return float(total)
+
+    errors = [missed(strength) for strength in strengths]
+    chosen = fit_bridge(student, teacher).weight
+    found = next(
+        k for k, s in enumerate(strengths) if torch.equal(chosen, fit_bridge(student, teacher, strength=s).weight)
+    )
+    assert errors[found] < 1.2 * min(errors) < errors[0]
+
+
+def test_the_scale_of_a_rotation_into_fewer_numbers_is_least_squares():
+    teacher, student = (x.double() for x in spaces(noise=5.0))  # 8 numbers into 5
+    bridge = fit_bridge(student, teacher, "procrustes")
+    centred, weight = student - student.mean(0), bridge.weight.double()
+
+    def missed(scale):
+        return float((centred @ weight * scale - (teacher - teacher.mean(0))).square().sum())
+
+    assert missed(1.0) < min(missed(0.98), missed(1.02))

@@ -93,3 +93,7 @@ def test_alignment_and_uniformity_over_pairs():
 def test_per_class_leaves_out_what_has_no_value():
     values = torch.tensor([1.0, 0.0, math.nan, 1.0, math.nan])
     assert per_class(values, torch.tensor([4, 4, 4, 9, 7])) == {4: 0.5, 9: 1.0}
+
+
+def test_a_student_that_answers_zeros_fills_nothing():
+    assert uniformity(torch.zeros(6, 3)) == 0

@@ -50,3 +50,9 @@ def test_seeds():
     assert math.isnan(merged([5.0]).low)
     with pytest.raises(UserError):
         merged([])
+
+
+def test_one_query_that_differs_says_nothing():
+    found = paired(np.array([1.0, 1, 0, 1]), np.array([1.0, 1, 0, 0]))
+    assert found.difference.mean == 0.25 and found.p == 1
+    assert paired(np.array([1.0]), np.array([0.0])).p == 1

@@ -4,6 +4,7 @@ import importlib.util
 import re
 import shutil
 import subprocess
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -336,3 +337,20 @@ def test_a_browser_draws_it(page, tmp_path, width):
     assert picture.shape == (1600, width)
     dark = (picture < 128).mean(1)
     assert 0.005 < dark.mean() < 0.5 and (dark.reshape(8, 200).max(1) > 0).all(), "text or pictures all the way down"
+
+
+def test_more_than_the_teacher_is_not_kept(tested):
+    better = a_test([network("big", 1.1, size=16), network("small", 0.5, "big")])
+    text = " ".join(sentence.text for sentence in summary(better))
+    assert "its teacher does so in" in text and "is kept" not in text
+    assert "is kept" in " ".join(sentence.text for sentence in summary(tested))
+
+
+def test_a_gallery_of_its_own_is_called_one(page, tested):
+    assert "out of all other test images" in words(page([replace(tested, gallery_images=None)]))
+    assert "nearest first, out of the gallery." in words(page([replace(tested, gallery_images=images)]))
+
+
+@pytest.mark.filterwarnings("error")
+def test_names_that_the_font_lacks_are_in_the_text():
+    assert "\u9ce5" in embedding_map("net", torch.randn(40, 6), LABELS, ("\u9ce5", "b", "c", "d"), "pca").alt
