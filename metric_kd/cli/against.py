@@ -16,7 +16,7 @@ from metric_kd.deploy.bridge import KINDS, Bridge, bridge_from, fit_bridge
 from metric_kd.distributed import announced
 from metric_kd.engine.checkpoint import find_checkpoint, read_checkpoint, write_text
 from metric_kd.errors import UserError, one_of
-from metric_kd.evaluation.compatibility import PAIRS, Matrix, check_widths, compatibility, verdict
+from metric_kd.evaluation.compatibility import PAIRS, Matrix, chance, check_widths, compatibility, verdict
 from metric_kd.evaluation.metrics import titles
 from metric_kd.evaluation.retrieval import check_metrics
 from metric_kd.models.network import Network
@@ -67,7 +67,8 @@ def matrix_of(parsed: Parsed, against: str, bridge: str) -> Matrix:
         session.close()
     names = {**{f"recall@{k}": f"Recall@{k}" for k in config.recall}, **titles(metrics)}
     first, title = next(iter(names.items()))
-    sentence = verdict(found, first, title)
+    nothing = chance(records.labels, config.recall[0], records.query, records.gallery)
+    sentence = verdict(found, first, title, nothing)
     report = {"student": str(load), "teacher": str(against), "images": len(records), "bridge": how}
     path = run_of(load).path / "compatibility.json"
     write_text(path, json.dumps({**report, "matrix": found, "verdict": sentence}, indent=2) + "\n")

@@ -17,6 +17,9 @@ PAIRS = tuple(f"{query}-{gallery}" for query in (STUDENT, TEACHER) for gallery i
 FULL, MOST = 0.95, 0.75
 """Shares of what the student finds in a gallery of its own, from which on the teacher's gallery serves as well, or does."""
 
+NEAR_CHANCE = 0.02
+"""Of the way from chance to 1, how much a student must have gone for its shares to say anything."""
+
 Matrix = dict[str, dict[str, float]]
 
 
@@ -61,13 +64,39 @@ def check_widths(student: int, teacher: int) -> None:
         )
 
 
-def verdict(matrix: Mapping[str, Mapping[str, float]], key: str = "recall@1", title: str = "Recall@1") -> str:
-    """One sentence: can the student be deployed without indexing the gallery again?"""
+def chance(labels: np.ndarray, k: int = 1, query: np.ndarray | None = None, gallery: np.ndarray | None = None) -> float:
+    """Recall@k of a network that knows nothing: the mean over queries of 1 - prod_{i<k} (G - n - i) / (G - i).
+
+    labels: (N,) of all images; query, gallery: (N,) bool, None for all. Of G images in a query's gallery, itself left out, n
+    are of its class.
+    """
+    asks, holds = (np.ones(len(labels), bool) if side is None else np.asarray(side, bool) for side in (query, gallery))
+    _, place = np.unique(labels, return_inverse=True)
+    right = np.bincount(place, holds)[place][asks] - holds[asks]
+    held = int(holds.sum()) - holds[asks].astype(int)
+    missed = np.ones(len(right))
+    for i in range(k):
+        missed *= np.clip(held - right - i, 0, None) / np.clip(held - i, 1, None)
+    return float((1 - missed).mean())
+
+
+def verdict(
+    matrix: Mapping[str, Mapping[str, float]],
+    key: str = "recall@1",
+    title: str = "Recall@1",
+    chance: float | None = None,
+) -> str:
+    """One sentence: can the student be deployed without indexing the gallery again?
+
+    chance: what a network that knows nothing reaches (:func:`chance`); of a student near it nothing is concluded.
+    """
     own, across, best = (100 * matrix[pair][key] for pair in (PAIRS[0], PAIRS[1], PAIRS[3]))
     figures = (
         f"{title} {across:.1f} in the teacher's gallery, {own:.1f} in a gallery of its own (the teacher in its own: "
         f"{best:.1f})"
     )
+    if chance is not None and own / 100 < chance + NEAR_CHANCE * (1 - chance):
+        return f"Neither yes nor no: the student finds hardly more than chance, {100 * chance:.1f}; train it further: {figures}."
     if own > 0 and across >= FULL * own:
         return f"Yes, the student can query the teacher's gallery as it is, without indexing it again: {figures}."
     if own > 0 and across >= MOST * own:

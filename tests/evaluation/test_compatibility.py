@@ -4,7 +4,7 @@ import torch
 from torch.nn.functional import normalize
 
 from metric_kd.errors import UserError
-from metric_kd.evaluation.compatibility import PAIRS, compatibility, verdict
+from metric_kd.evaluation.compatibility import PAIRS, chance, compatibility, verdict
 from metric_kd.evaluation.embed import Embeddings
 
 
@@ -72,3 +72,20 @@ def test_other_images_are_refused():
 def test_the_sentence(own, across, word):
     figures = dict(zip(PAIRS, ({"recall@1": value} for value in (own, across, 0.1, 0.5)), strict=True))
     assert verdict(figures).startswith(word) and "the teacher in its own: 50.0" in verdict(figures)
+    assert verdict(figures, chance=0.2).startswith(word if own else "Neither")
+    assert verdict(figures, chance=0.39).startswith("Neither yes nor no")
+
+
+@pytest.mark.parametrize("split", [False, True])
+@pytest.mark.parametrize("k", [1, 3])
+def test_chance_is_what_a_random_order_finds(split, k):
+    labels = np.array([0, 0, 0, 1, 1, 2, 3, 3, 3, 3])
+    query, gallery = (np.arange(10) % 2 == 0, np.arange(10) % 3 > 0) if split else (None, None)
+    asks = np.arange(10) if query is None else np.flatnonzero(query)
+    holds = np.arange(10) if gallery is None else np.flatnonzero(gallery)
+    draw, hits = np.random.default_rng(0), []
+    for _ in range(4000):
+        for q in asks:
+            order = draw.permutation(holds[holds != q])[:k]
+            hits.append((labels[order] == labels[q]).any())
+    assert chance(labels, k, query, gallery) == pytest.approx(np.mean(hits), abs=0.01)
