@@ -3,6 +3,8 @@
 import importlib
 import importlib.util
 import json
+import re
+import subprocess
 import sys
 from dataclasses import replace
 
@@ -301,3 +303,13 @@ def test_plain_normalisation_and_chain(bench, tmp_path):
     assert data.worst_agreement(records) >= 50
     image, label = data.PlainPhotos(records)[0]
     assert image.shape == (3, 224, 224) and label == 0
+
+
+def test_the_million_in_small():
+    pytest.importorskip("faiss")
+    words = ["--count", "2000", "--dimensions", "8", "--factories", "Flat", "IVF8,PQ4+float16"]
+    script = [sys.executable, str(HERE / "index_million.py"), *words]
+    done = subprocess.run(script, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    assert re.search(r"^Flat .* 100\.0% +100\.0%$", done.stdout, re.MULTILINE)
+    assert "IVF8,PQ4+float16 " in done.stdout and "the libraries alone" in done.stdout

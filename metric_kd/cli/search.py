@@ -103,7 +103,10 @@ def _parser(program: str | None) -> Any:
         "--nprobe", type=int | None, default=None, help="lists to look into (IVF) or candidates to follow (HNSW)"
     )
     parser.add_argument(
-        "--model", type=str | None, default=None, help="the model of the index, where it has moved; or a student of it"
+        "--model",
+        type=str | None,
+        default=None,
+        help="the model of the index, moved or exported; or a student of it",
     )
     parser.add_argument("--bridge", action="store_true", help="through the bridge that is stored with the student")
     parser.add_argument("--images", type=str | None, default=None, help="the folder of the images, where it has moved")

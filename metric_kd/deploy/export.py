@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 from metric_kd.data.transforms import Geometry
 from metric_kd.deploy.bridge import Bridge
-from metric_kd.deploy.lineage import Lineage
+from metric_kd.deploy.lineage import Lineage, identity
 from metric_kd.engine.reproducibility import weights_digest
 from metric_kd.errors import UserError
 from metric_kd.models.network import Network
@@ -121,6 +121,7 @@ def describe(graph: EmbeddingGraph, name: str, version: str, lineage: Lineage | 
         "input_size": str(spec.input_size),
         "normalised": str(bool(spec.l2normalize) and bridge is None).lower(),
         "weights": weights_digest(network),
+        "origin": identity(network, bridge),
         "bridge": graph.bridge_kind,
         **(lineage or Lineage()).described(),
         "int8": "none",

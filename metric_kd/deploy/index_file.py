@@ -63,8 +63,8 @@ class Files:
 
 @dataclass(frozen=True)
 class About:
-    """What an index was made of and how. images: the folder, absolute; asked: the factory that was asked for; weights: digest
-    of the model's, by which its students know their teacher."""
+    """What an index was made of and how. images: the folder, absolute; asked: the factory that was asked for; origin:
+    digest of the network that the model is; weights: of its weights, by which its students know their teacher."""
 
     model_path: str
     model_digest: str
@@ -75,7 +75,8 @@ class About:
     dimensions: int
     asked: str
     keep_vectors: str | None
-    weights: str
+    origin: str = ""
+    weights: str = ""
 
 
 @dataclass(frozen=True)

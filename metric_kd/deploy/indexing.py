@@ -109,6 +109,7 @@ def _about(model: Model, root: str, precision: str, factory: str, keep_vectors: 
         dimensions=model.dimensions,
         asked=factory,
         keep_vectors=keep_vectors,
+        origin=model.origin,
         weights=model.weights,
     )
 

@@ -1,13 +1,18 @@
-"""Lineage: of which teacher a network is the student, and whether the two share a space, as its run has recorded."""
+"""Lineage: which network this is, of which teacher it is the student, and whether the two share a space."""
 
+import hashlib
+import json
 from collections.abc import Mapping
 from pathlib import Path
 from typing import NamedTuple
 
+from metric_kd.deploy.bridge import Bridge
+from metric_kd.engine.reproducibility import weights_digest
 from metric_kd.engine.run_directory import RunDirectory
 from metric_kd.errors import UserError
 from metric_kd.losses.objective import Objective
 from metric_kd.losses.spec import parse_loss
+from metric_kd.models.network import Network
 
 
 class Lineage(NamedTuple):
@@ -24,6 +29,15 @@ class Lineage(NamedTuple):
     @classmethod
     def from_description(cls, description: Mapping[str, str]) -> "Lineage":
         return cls(description.get("teacher", ""), description.get("shares_space") == "true")
+
+
+def identity(network: Network, bridge: Bridge | None = None) -> str:
+    """Digest of what gives the vectors: description, weights, and the bridge that they go through."""
+    parts = [json.dumps(network.spec.to_dict(), sort_keys=True), weights_digest(network)]
+    if bridge is not None:
+        tensors = (bridge.weight, bridge.mean, bridge.shift)
+        parts += [hashlib.sha256(part.cpu().contiguous().numpy().tobytes()).hexdigest() for part in tensors]
+    return hashlib.sha256("".join(parts).encode()).hexdigest()
 
 
 def lineage_of(checkpoint: Path, bridged: bool) -> Lineage:

@@ -1,14 +1,13 @@
 """open_model: a run, a checkpoint or an exported .onnx file as one thing that embeds, with a digest to know it by."""
 
 import hashlib
-import json
 from pathlib import Path
 from typing import Any, NamedTuple, Protocol
 
 import numpy as np
 
 from metric_kd.deploy.embedder import load
-from metric_kd.deploy.lineage import Lineage, lineage_of
+from metric_kd.deploy.lineage import Lineage, identity, lineage_of
 from metric_kd.engine.checkpoint import find_checkpoint
 from metric_kd.engine.reproducibility import weights_digest
 from metric_kd.errors import UserError
@@ -23,8 +22,9 @@ class Embeds(Protocol):
 
 
 class Model(NamedTuple):
-    """path: absolute; digest: of weights and description, or of the bytes of an exported file; what: in words; weights: digest
-    of the network's alone; lineage: whose student it is."""
+    """path: absolute; digest: of weights and description, or of the bytes of an exported file; what: in words; origin:
+    the digest of the network that it is, also where it was exported; weights: digest of these alone; lineage: whose student
+    it is."""
 
     embedder: Embeds
     path: str
@@ -32,6 +32,7 @@ class Model(NamedTuple):
     dimensions: int
     what: str
     normalised: bool
+    origin: str
     weights: str
     lineage: Lineage
 
@@ -54,20 +55,20 @@ def open_model(path: "str | Path", device: str = "cpu", precision: str = "fp32",
             raise UserError(f"the exported model {path} does not exist; check the path.")
         return _open_exported(path)
     embedder = load(path, device, precision, bridge)
-    spec, parts = embedder.network.spec, [weights_digest(embedder.network)]
+    spec = embedder.network.spec
     what = f"{spec.base}, {embedder.dimensions} dimensions, {spec.input_size} px"
     if embedder.bridge is not None:
         what += f", through a {embedder.bridge.kind} bridge"
-        parts += [hashlib.sha256(part.numpy().tobytes()).hexdigest() for part in embedder.bridge[:3]]
-    described = json.dumps(spec.to_dict(), sort_keys=True) + "".join(parts)
+    digest = identity(embedder.network, embedder.bridge)
     return Model(
         embedder,
         path=str(find_checkpoint(path).resolve() if path.is_file() else path.resolve()),
-        digest=hashlib.sha256(described.encode()).hexdigest(),
+        digest=digest,
         dimensions=embedder.dimensions,
         what=what,
         normalised=embedder.normalised,
-        weights=parts[0],
+        origin=digest,
+        weights=weights_digest(embedder.network),
         lineage=lineage_of(find_checkpoint(path), bridge),
     )
 
@@ -85,6 +86,7 @@ def _open_exported(path: Path) -> Model:
         dimensions=exported.dimensions,
         what="an exported network",
         normalised=exported.normalised,
+        origin=exported.metadata.get("origin", ""),
         weights=exported.metadata.get("weights", ""),
         lineage=Lineage.from_description(exported.metadata),
     )

@@ -27,9 +27,9 @@ class Searcher:
     """``Searcher("photos.index").search("query.jpg", k=5)``; safe to call from several threads.
 
     file: what ``metric-kd index`` wrote. model: the run, checkpoint or exported .onnx file that embeds queries: the one that
-    the index remembers (the default), where it has moved, or a student of it that shares its space, by its losses (preset
-    compatible) or with ``bridge`` through its stored bridge; vectors need none. images: the folder of the images, where it
-    has moved.
+    the index remembers (the default), where it has moved or as it was exported, or a student of it that shares its space, by
+    its losses (preset compatible) or with ``bridge`` through its stored bridge; vectors need none. images: the folder of the
+    images, where it has moved.
 
     len(searcher): number of images N; ``factory``, ``dimensions``: of the index. Raises ``UserError`` for a file that is no
     index or was damaged, and for ``images`` that are no folder.
@@ -122,7 +122,7 @@ class Searcher:
             raise UserError(f"the model {path} of {self.file} is not there; {way_out}.")
         precision = "fp32" if Path(path).suffix == ".onnx" else about.precision
         model = open_model(path, str(choose_device(self.device)), precision, self.bridge)
-        if model.digest == about.model_digest:
+        if model.digest == about.model_digest or (model.origin and model.origin == about.origin):
             return model
         if not about.weights or model.lineage.teacher != about.weights:
             raise UserError(

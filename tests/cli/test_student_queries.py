@@ -9,6 +9,7 @@ import metric_kd
 from metric_kd.cli.main import main as console
 from metric_kd.deploy.exported import Exported
 from metric_kd.deploy.index_file import read_index
+from metric_kd.engine.checkpoint import read_checkpoint, write_checkpoint
 from metric_kd.errors import UserError
 
 BASE = ["--base", "resnet8_x0.5:stem_stride=2", "--l2normalize", "false"]
@@ -90,6 +91,26 @@ def test_exported_with_its_bridge(index, bridged, tied, image_folder, tmp_path, 
     assert "holds no bridge" in capsys.readouterr().err
     with pytest.raises(UserError, match="leave --bridge out"):
         metric_kd.Searcher(index, out, bridge=True).search(query)
+
+
+@pytest.mark.parametrize("int8", [(), ("--int8", "dynamic")])
+def test_a_network_asks_as_it_was_exported(index, teacher_run, image_folder, tmp_path, int8):
+    """And the other way round: the run asks what its exported file has indexed."""
+    for package in ("onnx", "onnxscript", "onnxruntime"):
+        pytest.importorskip(package)
+    query = str(image_folder / "class06" / "03.png")
+    out, own = tmp_path / "teacher.onnx", tmp_path / "own.index"
+    words = ["export", teacher_run, "--out", out, "--to", "onnx", *int8, "--count", "8", "--skip_recall"]
+    assert console(list(map(str, words))) == 0
+    check(metric_kd.Searcher(index, out), index, Exported(out).embed(query), query, image_folder)
+    assert console(["index", str(out), "--images", str(image_folder), "--out", str(own)]) == 0
+    check(metric_kd.Searcher(own, teacher_run), own, metric_kd.load(teacher_run).embed(query), query, image_folder)
+    content = read_checkpoint(teacher_run)
+    content.pop("format", None)
+    next(iter(content["model"].values())).view(-1)[0] += 0.1
+    write_checkpoint(tmp_path / "changed.pth", content)
+    with pytest.raises(UserError, match="is neither the model"):
+        metric_kd.Searcher(own, tmp_path / "changed.pth").search(query)
 
 
 def test_who_would_find_things_by_chance_is_refused(index, bridged, tied, image_folder, tmp_path):

@@ -56,7 +56,7 @@ class Toy:
 
 
 def toy(digest="d", pause=0.0):
-    return Model(Toy(pause), "/nowhere/run", digest, 8, "toy", False, "w", Lineage())
+    return Model(Toy(pause), "/nowhere/run", digest, 8, "toy", False, "", "w", Lineage())
 
 
 def draw(path, seed):
