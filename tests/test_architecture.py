@@ -1,9 +1,9 @@
 """The layout holds: imports run from left to right, and the front door is light."""
 
 import ast
-import subprocess
-import sys
 from pathlib import Path
+
+from tiny import succeeds
 
 PACKAGE = Path(__file__).resolve().parent.parent / "metric_kd"
 GROUND = {
@@ -78,8 +78,7 @@ def test_import_metric_kd_is_light():
         "         'pytorch_metric_learning', 'numba'} & set(sys.modules)\n"
         "assert not heavy, heavy\n"
     )
-    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
-    assert done.returncode == 0, done.stderr
+    succeeds(code)
 
 
 def test_no_second_pairwise_distance():

@@ -43,6 +43,12 @@ def command(script: str, *flags: object, cwd: Path = ROOT) -> subprocess.Complet
     )
 
 
+def succeeds(code: str) -> None:
+    """Run Python code in a process of its own, which must end well."""
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+
+
 def start(arguments: list[str]) -> subprocess.Popen:
     """run.py in a process of its own, which a test may kill; what it says comes through ``stdout``."""
     environment = {**os.environ, "OMP_NUM_THREADS": "1"}

@@ -5,7 +5,6 @@ directory.
 """
 
 import json
-from collections.abc import Sequence
 from pathlib import Path
 
 from metric_kd.cli.embedding import embedded, teacher_beside
@@ -127,21 +126,3 @@ def _fitted_to_another(load: str, against: str) -> str:
     ):
         return ""
     return f" for {taught} (--bridge ridge fits one to {against})"
-
-
-def split_off(arguments: Sequence[str], names: Sequence[str]) -> tuple[dict[str, str], list[str]]:
-    """({name: value} of the given flags, all other words); ``UserError`` for one without a value."""
-    found: dict[str, str] = {}
-    rest: list[str] = []
-    words = iter(arguments)
-    for word in words:
-        name, equals, value = word.partition("=")
-        if name not in (f"--{n}" for n in names):
-            rest.append(word)
-            continue
-        if not equals:
-            value = next(words, "--")
-        if not value or value.startswith("--"):
-            raise UserError(f"{name} needs a value; see metric-kd eval --help.")
-        found[name.removeprefix("--")] = value
-    return found, rest

@@ -16,8 +16,8 @@ from metric_kd.cli.config import DistillConfig, known_keys
 from metric_kd.cli.embedding import loader_for
 from metric_kd.cli.goals import goal_of, network_spec
 from metric_kd.cli.networks import teacher_of
-from metric_kd.cli.parse import parse, read_words
-from metric_kd.cli.session import Session, build, checked
+from metric_kd.cli.parse import read_words
+from metric_kd.cli.session import Session, build, measuring_of
 from metric_kd.cli.stored import run_of
 from metric_kd.distill.granularity import CodedTeacher, Encoders
 from metric_kd.engine.checkpoint import find_checkpoint, read_checkpoint, restore_network, write_atomically, write_text
@@ -61,11 +61,8 @@ def main(arguments: Sequence[str], program: str | None = None) -> int:
             f"{options.run} was trained without labels and has no test images; analyse a run that has some."
         )
     find_checkpoint(against, "teacher")
-    evaluation = ["--mode", "eval", "--load", options.run, "--batch", str(options.batch), "--device", options.device]
-    evaluation += [f"--{key}={value}" for key in ("pack", "pack_jpeg") if (value := getattr(options, key)) is not None]
-    evaluation += ["--skip_unreadable"] if config.get("skip_unreadable") else []
-    evaluation += [f"--plugins={plugin}" for plugin in config.get("plugins", [])]
-    session = build(checked(parse("train", evaluation, program)))
+    flags = {key: getattr(options, key) for key in ("batch", "device", "pack", "pack_jpeg")}
+    session = build(measuring_of(options.run, config, program, **flags))
     for note in session.notes:
         print(note)
     try:

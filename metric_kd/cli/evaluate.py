@@ -7,7 +7,7 @@ from collections.abc import Sequence
 
 from metric_kd import distributed
 from metric_kd.cli import also_eval
-from metric_kd.cli.against import BRIDGES, matrix_of, split_off
+from metric_kd.cli.against import BRIDGES, matrix_of
 from metric_kd.cli.nested import nested_keys, prefix_table
 from metric_kd.cli.parse import Parsed, parse, run_as_flag
 from metric_kd.cli.session import build, checked
@@ -27,7 +27,7 @@ flags of run.py:
 def main(arguments: Sequence[str], program: str | None = None) -> int:
     if program is not None and {"-h", "--help"} & set(arguments):
         print(OWN)
-    own, words = split_off(arguments, ("against", "bridge"))
+    own, words = _split_off(arguments, ("against", "bridge"))
     parsed = parse("train", ["--mode", "eval", *run_as_flag(words)], program or "metric-kd eval")
     if "against" in own:
         matrix_of(parsed, own["against"], own.get("bridge", "auto"))
@@ -67,3 +67,21 @@ def evaluate(parsed: Parsed) -> dict[str, float]:
         print("\n".join([*lines, *prefix_table(session.config, session.student, metrics)]))
         print("".join(f"{line}{suffix}\n" for line in also_eval.lines_of(elsewhere)), end="")
     return metrics
+
+
+def _split_off(arguments: Sequence[str], names: Sequence[str]) -> tuple[dict[str, str], list[str]]:
+    """({name: value} of the given flags, all other words); ``UserError`` for one without a value."""
+    found: dict[str, str] = {}
+    rest: list[str] = []
+    words = iter(arguments)
+    for word in words:
+        name, equals, value = word.partition("=")
+        if name not in (f"--{n}" for n in names):
+            rest.append(word)
+            continue
+        if not equals:
+            value = next(words, "--")
+        if not value or value.startswith("--"):
+            raise UserError(f"{name} needs a value; see metric-kd eval --help.")
+        found[name.removeprefix("--")] = value
+    return found, rest

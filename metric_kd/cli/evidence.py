@@ -11,8 +11,8 @@ from collections.abc import Sequence
 from typing import Any, Literal
 
 from metric_kd.cli.embedding import embedded, teacher_beside
-from metric_kd.cli.parse import parse, read_words
-from metric_kd.cli.session import Session, build, checked
+from metric_kd.cli.parse import read_words
+from metric_kd.cli.session import Session, build, measuring_of
 from metric_kd.cli.stored import find_network, run_of
 from metric_kd.engine.checkpoint import find_checkpoint, write_text
 from metric_kd.engine.run_directory import SEED_KEYS
@@ -83,15 +83,12 @@ def _reports(
 
 
 def _session(options: Any, run: str, config: dict[str, Any], program: str | None) -> Session:
-    words = ["--mode", "eval", "--load", run, "--batch", str(options.batch), "--device", options.device]
-    words += [f"--{key}={value}" for key in ("pack", "pack_jpeg") if (value := getattr(options, key)) is not None]
-    words += ["--skip_unreadable"] if config.get("skip_unreadable") else []
-    words += [f"--plugins={plugin}" for plugin in config.get("plugins", [])]
     if config.get("unlabelled"):
         raise UserError(
             f"{run} has images without labels, and evidence counts hits by label; name a run on labelled images."
         )
-    parsed = checked(parse("train", words, program))
+    flags = {key: getattr(options, key) for key in ("batch", "device", "pack", "pack_jpeg")}
+    parsed = measuring_of(run, config, program, **flags)
     if parsed.config.task == "classification":
         raise UserError(
             f"evidence is of embeddings, and {run} is a classifier; metric-kd analyse compares classifiers."

@@ -14,9 +14,9 @@ import torch
 from metric_kd import __version__
 from metric_kd.cli.embedding import embedded
 from metric_kd.cli.goals import load_splits
-from metric_kd.cli.parse import parse, read_words
+from metric_kd.cli.parse import read_words
 from metric_kd.cli.plugins import load_plugins
-from metric_kd.cli.session import Session, build, checked
+from metric_kd.cli.session import Session, build, measuring_of
 from metric_kd.cli.stored import run_of
 from metric_kd.data.records import ImageRecords
 from metric_kd.deploy import model_card, parity
@@ -102,11 +102,8 @@ def _session(options: Any, config: dict[str, Any]) -> tuple[Session | None, str]
         return None, f"{options.run} is no run, which would say what its test images are."
     if options.skip_recall and options.images is not None and (options.int8 != "static" or options.calibration):
         return None, "--skip_recall."
-    words = ["--mode", "eval", "--load", options.run, "--device", options.device]
-    words += ["--skip_unreadable"] if config.get("skip_unreadable") else []
-    words += [f"--plugins={plugin}" for plugin in config.get("plugins", [])]
     try:
-        return build(checked(parse("train", words))), ""
+        return build(measuring_of(options.run, config, device=options.device)), ""
     except UserError as error:
         return None, str(error)
 

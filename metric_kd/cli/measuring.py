@@ -12,10 +12,9 @@ from metric_kd.cli.config import DistillConfig, known_keys
 from metric_kd.cli.embedding import embedded
 from metric_kd.cli.goals import goal_of
 from metric_kd.cli.networks import teacher_of
-from metric_kd.cli.parse import parse
 from metric_kd.cli.plugins import load_plugins
 from metric_kd.cli.reported import Finished, accuracies, further_metrics, recipe_of
-from metric_kd.cli.session import Session, build, checked
+from metric_kd.cli.session import Session, build, measuring_of
 from metric_kd.data.records import ImageRecords
 from metric_kd.deploy.parity import milliseconds
 from metric_kd.devices import choose_device
@@ -114,11 +113,8 @@ class Measuring:
         self._peers(run, title)
 
     def _session(self, run: Finished) -> Session:
-        words = ["--mode", "eval", "--load", str(run.run.path), "--device", self.device]
-        words += ["--skip_unreadable"] if run.config.get("skip_unreadable") else []
-        words += [f"--plugins={plugin}" for plugin in run.config.get("plugins", [])]
         try:
-            return build(checked(parse("train", words)))
+            return build(measuring_of(str(run.run.path), run.config, device=self.device))
         except UserError as error:
             raise UserError(f"{run.run.path}: {error}") from error
 

@@ -1,5 +1,6 @@
 """From a config to the things that run: data, networks, objective, trainer. Every command is built here."""
 
+from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 from typing import Any
 
@@ -23,7 +24,7 @@ from metric_kd.cli.imitating import imitating
 from metric_kd.cli.losses import fold, losses_of
 from metric_kd.cli.networks import check_classes, coders_of, peers_of, student_of, teacher_of
 from metric_kd.cli.pack import pack_for
-from metric_kd.cli.parse import Parsed
+from metric_kd.cli.parse import Parsed, parse
 from metric_kd.cli.plugins import load_plugins
 from metric_kd.cli.stored import with_checkpoints
 from metric_kd.cli.teacher_cache import views_of, with_stored
@@ -130,6 +131,18 @@ def _with_goal(config: RunConfig, given: frozenset[str]) -> RunConfig:
     if isinstance(config, DistillConfig):
         plain |= {f"teacher_{key}": value for key, value in plain.items()}
     return replace(config, **{key: value for key, value in plain.items() if key not in given})
+
+
+def measuring_of(run: str, stored: Mapping[str, Any], program: str | None = None, **flags: Any) -> Parsed:
+    """What it takes to measure a run on its own test images, as :func:`build` wants it.
+
+    stored: the run's config, whose plugins and whose word on unreadable images count. flags: others; None is not given.
+    """
+    words = ["--mode", "eval", "--load", run]
+    words += [f"--{key}={value}" for key, value in flags.items() if value is not None]
+    words += ["--skip_unreadable"] if stored.get("skip_unreadable") else []
+    words += [f"--plugins={plugin}" for plugin in stored.get("plugins", [])]
+    return checked(parse("train", words, program))
 
 
 def build(parsed: Parsed) -> Session:

@@ -7,8 +7,6 @@ import os
 import random
 import shutil
 import signal
-import subprocess
-import sys
 import threading
 import time
 import zipfile
@@ -18,6 +16,7 @@ import pytest
 import torch
 from mortal import ON_DISK, attempt
 from PIL import Image
+from tiny import succeeds
 
 from metric_kd.deploy import index_file, index_part, indexing, vector_index
 from metric_kd.deploy.factory import Factory, check_factory, choose_factory, parse_factory
@@ -642,5 +641,4 @@ def test_beside_libraries_that_teach_faiss_tensors():
         "    rows, _ = build(parse_factory(factory), vectors).search(vectors[:5], 1, 300)\n"
         "    assert rows[:, 0].tolist() == [0, 1, 2, 3, 4], rows\n"
     )
-    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
-    assert done.returncode == 0, done.stderr
+    succeeds(code)
