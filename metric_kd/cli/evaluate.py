@@ -27,7 +27,7 @@ flags of run.py:
 def main(arguments: Sequence[str], program: str | None = None) -> int:
     if program is not None and {"-h", "--help"} & set(arguments):
         print(OWN)
-    own, words = _split_off(arguments, ("against", "bridge"))
+    own, words = split_off(arguments, ("against", "bridge"))
     parsed = parse("train", ["--mode", "eval", *run_as_flag(words)], program or "metric-kd eval")
     if "against" in own:
         matrix_of(parsed, own["against"], own.get("bridge", "auto"))
@@ -69,7 +69,7 @@ def evaluate(parsed: Parsed) -> dict[str, float]:
     return metrics
 
 
-def _split_off(arguments: Sequence[str], names: Sequence[str]) -> tuple[dict[str, str], list[str]]:
+def split_off(arguments: Sequence[str], names: Sequence[str]) -> tuple[dict[str, str], list[str]]:
     """({name: value} of the given flags, all other words); ``UserError`` for one without a value."""
     found: dict[str, str] = {}
     rest: list[str] = []

@@ -167,7 +167,10 @@ class Approximate(VectorIndex):
         if self.kept is not None:
             return self.kept.astype(np.float32, copy=False)
         if self.factory.kind == "HNSW":
-            return self.index.reconstruct_n(0, len(self))
+            found = np.empty(
+                (len(self), self.index.d), np.float32
+            )  # given, or a faiss that knows tensors would return one
+            return self.index.reconstruct_n(0, len(self), found)
         return None if self.factory.pieces else self._from_lists()
 
     def _from_lists(self) -> np.ndarray:

@@ -142,7 +142,11 @@ def test_beside_libraries_that_teach_faiss_tensors():
         "from metric_kd.deploy.vector_index import build\n"
         "vectors = np.random.default_rng(0).standard_normal((200, 8)).astype(np.float32)\n"
         "for factory in ('Flat', 'IVF4,Flat', 'HNSW8'):\n"
-        "    rows, _ = build(parse_factory(factory), vectors).search(vectors[:5], 1, 300)\n"
+        "    index = build(parse_factory(factory), vectors)\n"
+        "    rows, _ = index.search(vectors[:5], 1, 300)\n"
         "    assert rows[:, 0].tolist() == [0, 1, 2, 3, 4], rows\n"
+        "    assert isinstance(index.vectors(), np.ndarray) and (index.vectors() == vectors).all()\n"
+        "    half = index.updated(np.arange(200) < 100, vectors[150:])\n"
+        "    assert (half.vectors() == np.concatenate([vectors[:100], vectors[150:]])).all()\n"
     )
     succeeds(code)

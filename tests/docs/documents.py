@@ -22,7 +22,7 @@ from typing import Any, NamedTuple
 from tiny import ROOT
 
 from metric_kd.cli import steps
-from metric_kd.cli.against import split_off
+from metric_kd.cli.evaluate import split_off
 from metric_kd.cli.losses import fold
 from metric_kd.cli.main import _MODULES, COMMANDS
 from metric_kd.cli.parse import parse, read_words, run_as_flag
