@@ -170,12 +170,19 @@ def _term(name: str) -> type[Term]:
 
 def _library() -> ModuleType:
     try:
+        import pytorch_metric_learning
         from pytorch_metric_learning import losses
     except ImportError as error:
         raise UserError(
             f"losses that begin with {PREFIX!r} need pytorch-metric-learning ({error}); run "
             "pip install 'metric_kd[pml]'."
         ) from error
+    version = pytorch_metric_learning.__version__
+    if int(version.split(".")[0]) >= TOO_NEW:
+        raise UserError(
+            f"losses that begin with {PREFIX!r} need pytorch-metric-learning below {TOO_NEW}, got {version}, whose losses "
+            "of the same names have other defaults; run pip install 'metric_kd[pml]'."
+        )
     return losses
 
 
