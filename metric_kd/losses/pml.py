@@ -18,6 +18,9 @@ from metric_kd.types import Batch, Output
 
 PREFIX = "pml."
 
+TOO_NEW = 3
+"""The first major version that is another library under the same names: defaults, distances and samplers changed."""
+
 REFUSED = {
     "CrossBatchMemory": "it wraps another loss",
     "MultipleLosses": "it wraps other losses, each of which can be a --loss of its own",

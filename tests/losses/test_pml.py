@@ -1,8 +1,10 @@
+import configparser
 import inspect
 import sys
 
 import pytest
 import torch
+from tiny import ROOT
 
 import metric_kd.losses  # noqa: F401 (registers the namespace)
 from metric_kd.errors import UserError
@@ -51,6 +53,23 @@ def directly(name, seed=0, **options):
     require(name)
     torch.manual_seed(seed)
     return getattr(library, name)(**options)
+
+
+@needs_library
+@pytest.mark.parametrize("version", ["3.0.0", "3.1.0.dev0", "10.2"])
+def test_a_version_with_other_defaults_is_refused(version, monkeypatch):
+    monkeypatch.setattr("pytorch_metric_learning.__version__", version)
+    with pytest.raises(UserError, match=f"below 3, got {version}.*pip install 'metric_kd\\[pml\\]'"):
+        parse_loss("pml.ProxyAnchorLoss:1")
+
+
+def test_every_extra_keeps_the_library_below_3():
+    setup = configparser.ConfigParser()
+    setup.read(ROOT / "setup.cfg")
+    extras = setup["options.extras_require"]
+    asked = [line for text in extras.values() for line in text.split() if line.startswith("pytorch-metric-learning")]
+    assert len(asked) == 3 and set(asked) == {"pytorch-metric-learning>=2.0,<3"}
+    assert "pytorch-metric-learning" in extras["test"], "the oracles of the tests are installed with them"
 
 
 @needs_library
