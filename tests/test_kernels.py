@@ -149,7 +149,9 @@ def test_tensors_that_are_not_contiguous(kernel):
     for n in (16, 19):  # whole and padded rows
         u, v = squared(n)
         ours, same = angle_gap(u.T, torch.stack([v, -v], 2)[..., 0]), angle_gap(u, v)
-        assert torch.equal(ours[0], same[0]) and torch.equal(ours[1], same[1])
+        for mine, theirs in zip(ours, same, strict=True):
+            # No bits: where `rows @ rows.T` is not bit-symmetric, as without AVX-512, u.T holds other numbers than u.
+            assert_close(mine, theirs, 1e-12)
 
 
 @pytest.mark.parametrize("n", [40, 150, 200])
