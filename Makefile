@@ -5,13 +5,17 @@ BIN := $(VENV)/bin
 READY := $(VENV)/.ready
 export OMP_WAIT_POLICY ?= passive
 
-.PHONY: demo test lint torture bench docs clean
+.PHONY: demo test test-machines lint torture bench docs clean
 
 demo: $(READY)
 	$(BIN)/python examples/demo.py
 
 test: $(READY) lint
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist loadfile
+
+# The suite under each instruction set that the processor has, on one thread and on two; OPTIONS as in "--only default".
+test-machines: $(READY)
+	$(BIN)/python tests/machines.py $(OPTIONS)
 
 lint: $(READY)
 	$(BIN)/ruff check .

@@ -4,13 +4,13 @@ from pathlib import Path
 
 import pytest
 import torch
-from tiny import TINY, write_images
+from tiny import THREADS, TINY, write_images
 
 
 @pytest.fixture(autouse=True)
 def one_thread():
-    """Tests share two cores; tiny networks are fastest, and repeatable, on one thread."""
-    torch.set_num_threads(1)
+    """Tests share two cores; tiny networks are fastest, and repeatable, on one thread (or those asked for)."""
+    torch.set_num_threads(int(THREADS))
 
 
 @pytest.fixture(scope="session")
@@ -24,7 +24,7 @@ def teacher_run(image_folder, tmp_path_factory) -> Path:
     from metric_kd.cli.train import main
 
     run = tmp_path_factory.mktemp("teacher") / "run"
-    torch.set_num_threads(1)
+    torch.set_num_threads(int(THREADS))
     main(
         [
             *TINY,

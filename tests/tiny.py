@@ -8,6 +8,8 @@ from pathlib import Path
 import numpy as np
 
 ROOT = Path(__file__).resolve().parent.parent
+THREADS = os.environ.get("METRIC_KD_TEST_THREADS", "1")
+"""Of PyTorch, in tests and in the processes that they start; tests/machines.py runs them on more."""
 
 
 def write_images(folder: Path, classes: int, per_class: int, size: int = 32, seed: int = 0) -> Path:
@@ -38,7 +40,7 @@ def command(script: str, *flags: object, cwd: Path = ROOT) -> subprocess.Complet
         capture_output=True,
         text=True,
         cwd=cwd,
-        env={**os.environ, "OMP_NUM_THREADS": "1"},
+        env={**os.environ, "OMP_NUM_THREADS": THREADS},
         timeout=200,
     )
 
@@ -51,7 +53,7 @@ def succeeds(code: str) -> None:
 
 def start(arguments: list[str]) -> subprocess.Popen:
     """run.py in a process of its own, which a test may kill; what it says comes through ``stdout``."""
-    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+    environment = {**os.environ, "OMP_NUM_THREADS": THREADS}
     return subprocess.Popen(
         [sys.executable, "run.py", *arguments],
         cwd=ROOT,

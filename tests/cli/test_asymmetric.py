@@ -7,7 +7,7 @@ import shutil
 
 import pytest
 import torch
-from tiny import TINY
+from tiny import THREADS, TINY
 
 from metric_kd.cli.asymmetric import refusals
 from metric_kd.cli.distill import main as distill
@@ -34,7 +34,7 @@ def run(image_folder, teacher_run, save_dir, *flags):
 
 @pytest.fixture(scope="module")
 def student_run(image_folder, teacher_run, tmp_path_factory):
-    torch.set_num_threads(1)
+    torch.set_num_threads(int(THREADS))
     flags = ["--embedding_size", 16, "--dist_ratio", 1, "--eval", "asymmetric", "--bridge", "ridge"]
     return run(image_folder, teacher_run, tmp_path_factory.mktemp("s") / "run", *flags)
 

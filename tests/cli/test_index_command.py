@@ -10,7 +10,7 @@ import time
 
 import numpy as np
 import pytest
-from tiny import ROOT
+from tiny import ROOT, THREADS
 
 import metric_kd
 from metric_kd.cli.main import main as console
@@ -192,7 +192,7 @@ def test_killed_as_a_process_and_started_again_it_writes_the_same_file(teacher_r
 
     def start(file, pause):
         words = ["index", str(teacher_run), "--images", str(image_folder), "--out", str(file), "--batch", "8"]
-        environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
+        environment = {**os.environ, "OMP_NUM_THREADS": THREADS, "PYTHONPATH": str(ROOT)}
         return subprocess.Popen([sys.executable, "-c", code, str(pause), *words], env=environment)
 
     assert start(tmp_path / "whole", 0).wait() == 0

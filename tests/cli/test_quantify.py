@@ -9,7 +9,7 @@ import h5py
 import numpy as np
 import pytest
 import torch
-from tiny import TINY, write_images
+from tiny import THREADS, TINY, write_images
 
 from metric_kd.cli import subjects
 from metric_kd.cli.distill import main as distill
@@ -34,7 +34,7 @@ CLASSIFY = ["--task", "classification", "--dataset", "folder", "--batch", "16", 
 def runs(image_folder, tmp_path_factory) -> Path:
     """teacher, distilled and baseline: classifiers whose weights were recorded."""
     folder = tmp_path_factory.mktemp("runs")
-    torch.set_num_threads(1)
+    torch.set_num_threads(int(THREADS))
     flags = [*CLASSIFY, "--data", str(image_folder), "--record_weights", "all", "--device", "cpu"]
     train([*flags, "--base", "resnet8_x0.5:stem_stride=2", "--save_dir", str(folder / "teacher")])
     student = [*flags, "--base", "resnet8_x0.25:stem_stride=2"]

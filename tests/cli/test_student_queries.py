@@ -3,7 +3,7 @@
 import numpy as np
 import pytest
 import torch
-from tiny import TINY
+from tiny import THREADS, TINY
 
 import metric_kd
 from metric_kd.cli.main import main as console
@@ -16,7 +16,7 @@ BASE = ["--base", "resnet8_x0.5:stem_stride=2", "--l2normalize", "false"]
 
 
 def student(image_folder, teacher, folder, *flags):
-    torch.set_num_threads(1)
+    torch.set_num_threads(int(THREADS))
     words = [*TINY, *BASE, "--data", image_folder, "--teacher_load", teacher, "--save_dir", folder / "student", *flags]
     assert console(["distill", *map(str, words)]) == 0
     return folder / "student"

@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 import torch
 from killing import Killed, kill_at, same, weights
-from tiny import TINY
+from tiny import THREADS, TINY
 
 from metric_kd.cli.distill import main as distill
 from metric_kd.cli.embed import main as embed
@@ -44,7 +44,7 @@ def pile(image_folder, tmp_path_factory):
 def array(pile, teacher_run, tmp_path_factory):
     """What `metric-kd embed` writes."""
     file = tmp_path_factory.mktemp("array") / "e.npy"
-    torch.set_num_threads(1)
+    torch.set_num_threads(int(THREADS))
     embed([str(teacher_run), "--images", str(pile), "--out", str(file)])
     return file
 

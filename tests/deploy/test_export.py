@@ -8,6 +8,7 @@ import pytest
 import torch
 from onnx import TensorProto, helper
 from PIL import Image
+from tiny import THREADS
 
 from metric_kd.data.transforms import resize
 from metric_kd.deploy import exported as running
@@ -49,7 +50,7 @@ def metadata(graph, name="x"):
 
 @pytest.fixture(scope="module")
 def graph():
-    torch.set_num_threads(1)
+    torch.set_num_threads(int(THREADS))
     return graph_of()
 
 

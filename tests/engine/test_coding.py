@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 import torch
 from killing import Killed, history, kill_at, same
-from tiny import write_images
+from tiny import THREADS, write_images
 
 from metric_kd.cli.distill import main as distill
 from metric_kd.cli.granularity import main as fit_coders
@@ -26,7 +26,7 @@ BRIEF = ["--epochs", "4", "--batch", "16", "--device", "cpu", "--save_minutes", 
 @pytest.fixture(scope="module")
 def classifier(image_folder, tmp_path_factory) -> Path:
     run = tmp_path_factory.mktemp("classifier") / "run"
-    torch.set_num_threads(1)
+    torch.set_num_threads(int(THREADS))
     train([*SMALL, "--base", "resnet8_x0.5:stem_stride=2", "--data", str(image_folder), "--save_dir", str(run)])
     return run
 
@@ -34,7 +34,7 @@ def classifier(image_folder, tmp_path_factory) -> Path:
 @pytest.fixture(scope="module")
 def coders(classifier, tmp_path_factory) -> Path:
     run = tmp_path_factory.mktemp("coders") / "run"
-    torch.set_num_threads(1)
+    torch.set_num_threads(int(THREADS))
     fit_coders([*BRIEF, "--teacher_load", str(classifier), "--save_dir", str(run)])
     return run
 

@@ -17,7 +17,7 @@ import numpy as np
 import pytest
 import torch
 import torch.distributed as dist
-from tiny import ROOT, TINY, succeeds, write_images
+from tiny import ROOT, THREADS, TINY, succeeds, write_images
 from torch import nn
 from torch.multiprocessing import start_processes
 
@@ -254,7 +254,7 @@ def complaint(action):
 
 def work(rank, world, port, folder, data):
     """What every process of a group does."""
-    torch.set_num_threads(1)
+    torch.set_num_threads(int(THREADS))
     os.environ["METRIC_KD_KERNELS"] = "off"  # what they give is the same, and their compiler takes seconds to load
     plugin = folder / "plain.py"
     load_plugins([str(plugin)])
@@ -551,7 +551,7 @@ def test_a_process_that_dies_stops_the_run_long_before_the_others_lose_patience(
             *map(str, arguments),
         ],
         cwd=ROOT,
-        env={**os.environ, "OMP_NUM_THREADS": "1", "DIED": str(died)},
+        env={**os.environ, "OMP_NUM_THREADS": THREADS, "DIED": str(died)},
         capture_output=True,
         text=True,
         timeout=200,  # a tenth of how long they wait for a process that hangs

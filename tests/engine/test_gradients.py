@@ -7,7 +7,7 @@ import pytest
 import torch
 from killing import Killed, history, kill_at, same
 from small_steps import CPU, batch, gradients, part, task
-from tiny import TINY
+from tiny import THREADS, TINY
 from torch.multiprocessing.spawn import start_processes
 
 from metric_kd import distributed
@@ -154,7 +154,7 @@ def test_refusals(image_folder, tmp_path):
 
 
 def work(rank, port, folder):
-    torch.set_num_threads(1)
+    torch.set_num_threads(int(THREADS))
     os.environ |= {"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": "2"}
     os.environ |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
     distributed.start(CPU)

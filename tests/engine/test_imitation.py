@@ -4,7 +4,7 @@ import pytest
 import torch
 import yaml
 from killing import Killed, history, kill_at, same, weights
-from tiny import TINY
+from tiny import THREADS, TINY
 from torch import nn
 from torch.nn import functional as F
 
@@ -66,7 +66,7 @@ def tiny_fc():
 @pytest.fixture(scope="module")
 def teacher(image_folder, tmp_path_factory, tiny_fc):
     run = tmp_path_factory.mktemp("imitated") / "run"
-    torch.set_num_threads(1)
+    torch.set_num_threads(int(THREADS))
     train([*SMALL, "--seed", "7", "--data", str(image_folder), "--save_dir", str(run)])
     return run
 

@@ -7,7 +7,7 @@ import pytest
 import torch
 import yaml
 from killing import Killed, history, kill_at, same
-from tiny import TINY, write_images
+from tiny import THREADS, TINY, write_images
 
 from metric_kd.cli.main import main as command
 from metric_kd.cli.making import make_settings
@@ -34,7 +34,7 @@ def other_images(tmp_path_factory) -> Path:
 @pytest.fixture(scope="module")
 def classifier(image_folder, tmp_path_factory) -> Path:
     run = tmp_path_factory.mktemp("classifier") / "run"
-    torch.set_num_threads(1)
+    torch.set_num_threads(int(THREADS))
     flags = ["--task", "classification", "--dataset", "folder", "--base", "resnet8_x0.5:stem_stride=2", "--batch", "16"]
     train([*flags, "--epochs", "2", "--device", "cpu", "--data", str(image_folder), "--save_dir", str(run)])
     return run

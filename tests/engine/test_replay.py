@@ -7,7 +7,7 @@ import pytest
 import torch
 from killing import Killed, history, kill_at, same
 from small_steps import CPU, assert_equal, batch, gradients, network, part, stepping, task
-from tiny import TINY
+from tiny import THREADS, TINY
 from torch.multiprocessing import start_processes
 from torch.nn.parallel import DistributedDataParallel
 
@@ -299,7 +299,7 @@ del SHARED["a stage of preactivations"]  # its connectors normalise by a process
 
 
 def work(rank, port, folder):
-    torch.set_num_threads(1)
+    torch.set_num_threads(int(THREADS))
     os.environ["METRIC_KD_KERNELS"] = "off"
     os.environ |= {"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": "2"}
     os.environ |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}

@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from tiny import ROOT, TINY, command, start
+from tiny import ROOT, THREADS, TINY, command, start
 
 from metric_kd.cli.train import main
 from metric_kd.engine.checkpoint import read_checkpoint
@@ -44,7 +44,7 @@ def step_of(run: Path) -> int:
 @pytest.fixture(scope="module")
 def uninterrupted(image_folder, tmp_path_factory) -> Path:
     run = tmp_path_factory.mktemp("whole") / "run"
-    torch.set_num_threads(1)
+    torch.set_num_threads(int(THREADS))
     main(flags(image_folder, run, "--epochs", "6", "--iter_per_epoch", "12", "--save_minutes", "0"))
     return run
 
@@ -161,7 +161,7 @@ def test_torchrun_with_two_processes_ends_with_a_checkpoint(image_folder, teache
         "--dist_ratio", "1", "--angle_ratio", "2", "--fitnet_ratio", "0.1", "--record_weights", "all",
     ]  # fmt: skip
     launch = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2", "run_distill.py"]
-    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+    environment = {**os.environ, "OMP_NUM_THREADS": THREADS}
     how = {"cwd": ROOT, "env": environment, "capture_output": True, "text": True, "timeout": 200}
     done = subprocess.run([*launch, *arguments], **how)
     assert done.returncode == 0, done.stderr[-2000:]

@@ -5,6 +5,7 @@ from pathlib import Path
 import pytest
 import torch
 from killing import Killed, history, kill_at, weights
+from tiny import THREADS
 
 from metric_kd.cli.distill import main as distill
 from metric_kd.cli.train import main as train
@@ -21,7 +22,7 @@ SMALL = [
 @pytest.fixture(scope="module")
 def classifier(image_folder, tmp_path_factory) -> Path:
     run = tmp_path_factory.mktemp("classifier") / "run"
-    torch.set_num_threads(1)
+    torch.set_num_threads(int(THREADS))
     train([*SMALL, "--base", "resnet8_x0.5:stem_stride=2", "--data", str(image_folder), "--save_dir", str(run)])
     return run
 

@@ -16,7 +16,7 @@ import pytest
 import torch
 from killing import Killed, kill_at, same, weights
 from mortal import attempt
-from tiny import ROOT, TINY, write_images
+from tiny import ROOT, THREADS, TINY, write_images
 
 from metric_kd.cli.distill import main as distill
 from metric_kd.cli.losses import fold
@@ -388,7 +388,7 @@ def test_two_processes_make_one_cache_and_train_by_it(image_folder, teacher_run,
     done = subprocess.run(
         [*launch, *two],
         cwd=ROOT,
-        env={**os.environ, "OMP_NUM_THREADS": "1"},
+        env={**os.environ, "OMP_NUM_THREADS": THREADS},
         capture_output=True,
         text=True,
         timeout=200,
