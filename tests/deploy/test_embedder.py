@@ -35,8 +35,8 @@ def test_one_image_of_any_kind_and_none_at_all(teacher_run, photos):
     pixels = np.random.default_rng(0).integers(0, 256, (40, 50, 3), dtype=np.uint8)
     tensor = torch.from_numpy(pixels).permute(2, 0, 1)
     wanted = embedder.embed([pixels])
-    np.testing.assert_array_equal(embedder.embed(pixels), wanted)
-    np.testing.assert_array_equal(embedder.embed(tensor), wanted)
+    for one in (pixels, tensor):  # no bits: kernels differ by memory format
+        np.testing.assert_allclose(embedder.embed(one), wanted, atol=1e-6)
     assert embedder.embed([]).shape == (0, embedder.dimensions)
     for batch in (0, -1):
         with pytest.raises(UserError, match=f"batch is {batch}; give 1 or more"):

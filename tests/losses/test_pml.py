@@ -124,9 +124,10 @@ def test_equals_the_library(name, options, sizes):
     loss, expected = term(Output(embedding=ours), None, BATCH), other(theirs, LABELS)
     loss.backward()
     expected.sum().backward()
-    assert torch.equal(loss, expected.reshape(())) and torch.equal(ours.grad, theirs.grad)
+    close = torch.testing.assert_close  # no bits: gradients of gathered rows are summed in any order on several threads
+    close([loss, ours.grad], [expected.reshape(()), theirs.grad])
     assert [p.shape for p in term.parameters()] == [p.shape for p in other.parameters()]
-    assert all(torch.equal(p.grad, q.grad) for p, q in zip(term.parameters(), other.parameters(), strict=True))
+    close([p.grad for p in term.parameters()], [q.grad for q in other.parameters()])
 
 
 @needs_library
