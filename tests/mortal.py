@@ -6,6 +6,8 @@ import signal
 from collections.abc import Callable
 from typing import Any
 
+import torch
+
 Calls = dict[tuple[Any, str], Callable | None]
 """(module or class, name of a function in it) -> what does half of a call first, given the function and its arguments."""
 
@@ -17,9 +19,15 @@ def half_of_pwrite(pwrite, handle, data, offset):
 ON_DISK: Calls = {(os, "pwrite"): half_of_pwrite, (os, "fsync"): None, (os, "replace"): None, (os, "unlink"): None}
 
 
+def fork() -> int:
+    """``os.fork`` on one thread: of several, OpenMP's would be missing in the child, which would wait for them for ever."""
+    torch.set_num_threads(1)
+    return os.fork()
+
+
 def attempt(work: Callable[[], Any], kill_at: int | None = None, calls: Calls = ON_DISK) -> int:
     """Run ``work`` in a child that SIGKILLs itself at the n-th of these calls, half of it done; its status, as of waitpid."""
-    child = os.fork()
+    child = fork()
     if child == 0:
         count = itertools.count(1)
 

@@ -11,7 +11,7 @@ import h5py
 import numpy as np
 import pytest
 import torch
-from mortal import attempt
+from mortal import attempt, fork
 
 from metric_kd.data import ImageLoader, ImageRecords, pack_part
 from metric_kd.data import pack as pack_module
@@ -180,7 +180,7 @@ def test_two_processes_make_one_pack(files, tmp_path, small_blocks):
     file = tmp_path / "p.h5"
     children = []
     for _ in range(2):
-        child = os.fork()
+        child = fork()
         if child == 0:
             try:
                 make_pack(file, [files], 40)

@@ -12,7 +12,7 @@ import time
 
 import numpy as np
 import pytest
-from mortal import ON_DISK, attempt
+from mortal import ON_DISK, attempt, fork
 from toys import Toy, draw, holds, toy
 
 from metric_kd.deploy import index_file, index_part
@@ -76,7 +76,7 @@ def test_killed_by_others_at_random_moments(folder, tmp_path, small_blocks):
     file, moments = tmp_path / "i", random.Random(0)
     kills = 0
     while not file.exists() and kills < 100:
-        child = os.fork()
+        child = fork()
         if child == 0:
             try:
                 make_index(toy(pause=0.01), folder, file, batch=2)
@@ -162,7 +162,7 @@ def test_two_at_once(folder, tmp_path):
             time.sleep(0.3)
             return super().embed(*arguments, **named)
 
-    child = os.fork()
+    child = fork()
     if child == 0:
         try:
             make_index(toy()._replace(embedder=Slow()), folder, tmp_path / "i")
