@@ -3,6 +3,8 @@
 import hashlib
 import platform
 import random
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import numpy as np
@@ -76,6 +78,26 @@ def weights_digest(network: nn.Module) -> str:
         digest.update(name.encode())
         digest.update(tensor.detach().cpu().contiguous().flatten().view(torch.uint8).numpy().data)
     return digest.hexdigest()[:16]
+
+
+@contextmanager
+def sums_in_order(device: torch.device) -> Iterator[None]:
+    """On the CPU, let gradients of gathered rows, as of ``x[rows]``, be summed in one order on several threads too.
+
+    PyTorch's threads otherwise add them as they come, and a step would not repeat itself. CUDA is left to
+    :func:`deterministic_algorithms`, which costs more there.
+    """
+    if device.type != "cpu" or torch.are_deterministic_algorithms_enabled():
+        yield
+        return
+    fills = torch.utils.deterministic.fill_uninitialized_memory  # type: ignore[attr-defined]
+    torch.use_deterministic_algorithms(True, warn_only=True)
+    torch.utils.deterministic.fill_uninitialized_memory = False  # type: ignore[attr-defined]
+    try:
+        yield
+    finally:
+        torch.use_deterministic_algorithms(False)
+        torch.utils.deterministic.fill_uninitialized_memory = fills  # type: ignore[attr-defined]
 
 
 def deterministic_algorithms() -> None:

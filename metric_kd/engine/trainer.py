@@ -182,7 +182,8 @@ class Trainer:
         self.step += 1
         self._seed(0)
         try:
-            self._update(batches)
+            with reproducibility.sums_in_order(self.device):
+                self._update(batches)
             return
         except (RuntimeError, MemoryError) as error:
             if not is_out_of_memory(error):
