@@ -81,7 +81,7 @@ def suite(level: Level, threads: int, arguments: list[str]) -> tuple[bool, str]:
         command = [sys.executable, "-m", "pytest", "-n", "2", "--dist", "loadfile", f"--junitxml={report}", *arguments]
         done = subprocess.run(command, cwd=ROOT, env=variables(level, threads))
         if not report.is_file():
-            return False, f"pytest ended with {done.returncode}"
+            return False, f"    pytest ended with {done.returncode}"
         found = next(ElementTree.parse(report).iter("testsuite")).attrib
     failed, skipped = int(found["failures"]) + int(found["errors"]), int(found["skipped"])
     passed = int(found["tests"]) - failed - skipped

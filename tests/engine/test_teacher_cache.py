@@ -241,6 +241,8 @@ def test_a_teacher_that_gives_no_numbers_and_a_full_disk_are_said(records, asked
 
 # --- runs ---
 
+ROUNDING = 1e-3
+"""A teacher that rounds otherwise, as in other batches, moves weights by 1e-5: Adam divides by small gradients."""
 LIVE = ["--views", "3", "--epochs", "1"]
 
 
@@ -265,9 +267,9 @@ def test_a_run_with_the_cache_is_the_run_with_the_teacher(more, image_folder, te
     flags = flags_of(image_folder, teacher_run, *more)
     distill([*flags, "--save_dir", str(tmp_path / "live")])
     distill([*flags, "--save_dir", str(tmp_path / "cached"), "--teacher_cache", str(tmp_path / "c.h5")])
-    assert farthest(tmp_path / "live", tmp_path / "cached") < 1e-6
+    assert farthest(tmp_path / "live", tmp_path / "cached") < ROUNDING
     distill([*flags, "--save_dir", str(tmp_path / "other"), "--view_seed", "1"])
-    assert farthest(tmp_path / "live", tmp_path / "other") > 1e-4, "this comparison can tell views apart"
+    assert farthest(tmp_path / "live", tmp_path / "other") > 10 * ROUNDING, "this comparison can tell views apart"
     card = json.loads((tmp_path / "cached" / "card.json").read_text())["environment"]
     assert card["teacher"] == json.loads((tmp_path / "live" / "card.json").read_text())["environment"]["teacher"]
     assert card["teacher_cache"] == read_cache(tmp_path / "c.h5").key
@@ -289,7 +291,7 @@ def test_a_classifier_learns_from_stored_logits(image_folder, tmp_path):
     flags = [*small, "--teacher_load", str(tmp_path / "teacher"), "--loss", "st:1,temperature=4", "--views", "2"]
     distill([*flags, "--save_dir", str(tmp_path / "live")])
     distill([*flags, "--save_dir", str(tmp_path / "cached"), "--teacher_cache", str(tmp_path / "c.h5")])
-    assert farthest(tmp_path / "live", tmp_path / "cached") < 1e-6
+    assert farthest(tmp_path / "live", tmp_path / "cached") < ROUNDING
     assert set(read_cache(tmp_path / "c.h5").tables) == {"embedding", "logits"}
 
 
