@@ -12,6 +12,7 @@ from torch import Tensor, nn
 
 from metric_kd.engine.checkpoint import write_checkpoint, write_text
 from metric_kd.engine.logging import Observer
+from metric_kd.engine.written import Written
 from metric_kd.errors import UserError
 
 PAPER_EPOCHS = (0, 2, 5, 10, 15, 20, 25, 30, 40, 50, 70, 90, 110, 130, 150)
@@ -52,15 +53,21 @@ class WeightRecord(Observer):
     FOLDER/epochNNNN.pth for the chosen epochs. Epochs are counted over all stages.
 
     The reference program keeps only the path, the paper's text (as we recall it) the chord. state_of: what a checkpoint
-    of the network holds. Costs two copies of the weights while training, and one in last.pth.
+    of the network holds; written: the list of our files that the folder's belong to, by default one of its own. Costs two copies of the weights while training, and one in last.pth.
     """
 
     name = "weights"
 
     def __init__(
-        self, network: nn.Module, folder: Path, epochs: Collection[int], state_of: Callable[[], dict[str, Any]]
+        self,
+        network: nn.Module,
+        folder: Path,
+        epochs: Collection[int],
+        state_of: Callable[[], dict[str, Any]],
+        written: Written | None = None,
     ):
         self.folder, self.epochs, self.state_of = folder, epochs, state_of
+        self.written = Written(folder) if written is None else written
         self.weights = {name: weight for name, weight in network.named_parameters() if weight.ndim > 1}
         self.start: list[float] = []
         self.path: list[list[float]] = []
@@ -117,7 +124,7 @@ class WeightRecord(Observer):
         self.folder.mkdir(parents=True, exist_ok=True)
         epoch = len(self.path) - 1
         if epoch in self.epochs:
-            write_checkpoint(self.folder / f"epoch{epoch:04d}.pth", self.state_of())
+            write_checkpoint(self.written.claim(self.folder / f"epoch{epoch:04d}.pth"), self.state_of())
         self._write_distances()
 
     def _write_distances(self) -> None:
@@ -126,13 +133,12 @@ class WeightRecord(Observer):
             for k, name in enumerate(self.weights)
         }
         self.folder.mkdir(parents=True, exist_ok=True)
-        write_text(self.folder / "distances.json", json.dumps(content) + "\n")
+        write_text(self.written.claim(self.folder / "distances.json"), json.dumps(content) + "\n")
 
     def _clear(self, after: int) -> None:
         """Remove what an interrupted run wrote of later epochs: they will run again."""
-        for epoch, file in checkpoints_of(self.folder).items():
-            if epoch > after:
-                file.unlink(missing_ok=True)
+        later = [file for epoch, file in checkpoints_of(self.folder).items() if epoch > after]
+        self.written.remove_some(file.relative_to(self.written.folder).as_posix() for file in later)
 
 
 def checkpoints_of(folder: Path) -> dict[int, Path]:
@@ -153,11 +159,3 @@ def read_distances(folder: Path) -> dict[str, Distances]:
         raise UserError(f"{folder} holds no record of weights; train that run with --record_weights paper.") from None
     except (OSError, TypeError, ValueError, AttributeError) as error:
         raise UserError(f"{file} cannot be read ({error}); copy it again.") from error
-
-
-def remove_record(folder: Path) -> None:
-    """Remove the record, and the folder where nothing else is in it."""
-    for file in (*checkpoints_of(folder).values(), folder / "distances.json"):
-        file.unlink(missing_ok=True)
-    if folder.is_dir() and not any(folder.iterdir()):
-        folder.rmdir()
