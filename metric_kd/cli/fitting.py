@@ -159,7 +159,9 @@ def _finish(session: Session, run: RunDirectory, trainer: Trainer) -> dict[str, 
     lines += prefix_table(session.config, trainer.task.student, results["student"].best)
     lines += also_eval.lines_of(elsewhere)
     write_text(run.claim(run.result), "\n".join(lines) + "\n")
-    write_text(run.claim(run.card), json.dumps({**_card(session, trainer, results), "also": elsewhere}, indent=2) + "\n")
+    write_text(
+        run.claim(run.card), json.dumps({**_card(session, trainer, results), "also": elsewhere}, indent=2) + "\n"
+    )
     say("\n".join([*lines, f"wrote {', '.join(str(run.best_of(name)) for name in results)}"]))
     return results["student"].best
 

@@ -11,7 +11,7 @@ import numpy as np
 
 from metric_kd.data import decode
 from metric_kd.data.pack import Located, Pack, StalePack
-from metric_kd.data.pack_part import Part, Source, remove_part
+from metric_kd.data.pack_part import Part, Source, check_part, remove_part
 from metric_kd.data.records import ImageRecords
 from metric_kd.errors import UserError
 from metric_kd.locks import alone
@@ -74,6 +74,7 @@ def make_pack(
             if pack is not None:
                 remove_part(file)
             else:
+                check_part(file)
                 if not skip_unreadable:
                     for path in source.paths:
                         decode.check_header(path)

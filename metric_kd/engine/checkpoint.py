@@ -9,7 +9,7 @@ from typing import Any, BinaryIO
 import torch
 
 from metric_kd import scratch
-from metric_kd.durable import sync_folder
+from metric_kd.durable import sync_folder, umask
 from metric_kd.errors import UserError
 from metric_kd.models.network import Network, NetworkSpec, build_network, load_weights
 
@@ -28,18 +28,12 @@ def write_atomically(path: Path, write: Callable[[BinaryIO], object]) -> None:
             write(file)
             file.flush()
             os.fsync(file.fileno())
-        os.chmod(temporary, 0o666 & ~_umask())
+        os.chmod(temporary, 0o666 & ~umask())
         os.replace(temporary, path)
     except BaseException:
         temporary.unlink(missing_ok=True)
         raise
     sync_folder(path.parent)
-
-
-def _umask() -> int:
-    mask = os.umask(0)
-    os.umask(mask)
-    return mask
 
 
 def write_text(path: Path, text: str) -> None:

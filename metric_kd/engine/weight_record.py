@@ -53,7 +53,8 @@ class WeightRecord(Observer):
     FOLDER/epochNNNN.pth for the chosen epochs. Epochs are counted over all stages.
 
     The reference program keeps only the path, the paper's text (as we recall it) the chord. state_of: what a checkpoint
-    of the network holds; written: the list of our files that the folder's belong to, by default one of its own. Costs two copies of the weights while training, and one in last.pth.
+    of the network holds. written: the list of our files that those of the folder are on, by default one of its own. Costs
+    two copies of the weights while training, and one in last.pth.
     """
 
     name = "weights"

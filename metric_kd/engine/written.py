@@ -60,9 +60,7 @@ class Written:
                         "folder."
                     )
             if path.exists() and not (name in self.names and is_plain(path)):
-                raise UserError(
-                    f"{path} is there and was not written by a run; move it away, or give another folder."
-                )
+                raise UserError(f"{path} is there and was not written by a run; move it away, or give another folder.")
             if any(place.exists() and not place.is_dir() for place in self._between(path)):
                 raise UserError(f"{path.parent} is no folder; move it away, or give another folder.")
 
