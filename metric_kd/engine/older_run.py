@@ -34,7 +34,8 @@ def names_in(folder: Path) -> list[str]:
     names += [f"peer{k}.pth" for k in range(1, 1 + len(config.get("mutual") or []))]
     if config.get("record_weights") is not None:
         names.append("weights/distances.json")
-        names += [f"weights/epoch{epoch:04d}.pth" for epoch in _recorded(folder / "weights")]
+        recorded = [f"weights/epoch{epoch:04d}.pth" for epoch in _recorded(folder / "weights")]
+        names += [name for name in recorded if _is_checkpoint(folder / name)]
     found = [name for name in names if is_plain(folder / name)]
     return found + [name for name in (*OUTPUTS, *PICTURES) if is_output(folder / name)]
 
