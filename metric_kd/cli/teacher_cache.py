@@ -128,6 +128,8 @@ def refusals(config: RunConfig) -> list[str]:
 def _unwritable(file: Path) -> list[str]:
     if file.is_dir():
         return [f"--teacher_cache {file} is a folder; give a file."]
+    if file.is_symlink() and not file.exists() or file.exists() and not file.is_file():
+        return [f"--teacher_cache {file} is a link to nothing, or no file of the usual kind; give another file."]
     try:
         if not file.exists():
             check_folder(file.parent, "--teacher_cache")

@@ -64,6 +64,8 @@ def make_pack(
     file = Path(file)
     if file.is_dir():
         raise UserError(f"the pack {file} is a folder; give a file, as in {file / 'pack.h5'}.")
+    if file.exists() and not file.is_file():
+        raise UserError(f"the pack {file} is no file of the usual kind; give another file.")
     if side < 8 or workers < 1 or not (quality is None or 1 <= quality <= 100):
         raise UserError("a pack takes a side of 8 px or more, one or more workers, and a JPEG quality from 1 to 100.")
     source = _source(parts)

@@ -83,6 +83,8 @@ def check_file(file: Path) -> None:
     """Raise ``UserError`` where a file cannot be written; cheap."""
     if file.is_dir():
         raise UserError(f"--out {file} is a folder; give the name of a file.")
+    if file.exists() and not file.is_file():
+        raise UserError(f"--out {file} is no file of the usual kind; give the name of another.")
     if is_image(file):
         raise UserError(f"--out {file} ends as an image does, and would be taken for one; give another name.")
     if not file.parent.is_dir():

@@ -34,7 +34,19 @@ RESUMABLE_KEYS = frozenset(
     }
 )
 """Config keys that may differ between the start of a run and its continuation."""
-NOTHING = frozenset({".DS_Store", ".localized", "Thumbs.db", "desktop.ini", ".gitkeep", ".keep", "lost+found"})
+NOTHING = frozenset(
+    {
+        ".DS_Store",
+        ".localized",
+        "Thumbs.db",
+        "desktop.ini",
+        ".directory",
+        ".gitignore",
+        ".gitkeep",
+        ".keep",
+        "lost+found",
+    }
+)
 """Names of which a folder is still empty: systems put them there, or people to keep an empty folder."""
 SEED_KEYS = (RESUMABLE_KEYS - {"epochs"}) | {"seed", "student_init"}
 """Config keys in which two runs may differ that are seeds of one another; compare gives each seed a start of its own."""
@@ -97,8 +109,7 @@ class RunDirectory:
         files = [self.config, self.metrics, self.result, self.card, self.last, self.best]
         files += [self.best_of(network) for network in networks]
         self.written.check(file.name for file in files)
-        for folder in (self.weights, self.boards):  # what lies in them may be of others
-            self.written.check([f"{folder.name}/x"])
+        self.written.check_folders([self.weights.name, self.boards.name])  # what lies in them may be of others
 
     def _content(self) -> list[str]:
         """What lies in the folder, but for what an empty folder has, or a process that was killed at its very start."""

@@ -75,6 +75,7 @@ class WeightRecord(Observer):
         self.chord: list[list[float]] = []
 
     def begin(self) -> None:
+        self._check()
         self._clear(-1)
         self.start = self._norms(self._now()).tolist()
         self.path, self.chord = [[0.0] * len(self.start)], [[0.0] * len(self.start)]
@@ -101,11 +102,17 @@ class WeightRecord(Observer):
         }
 
     def restore(self, state: dict[str, Any]) -> None:
+        self._check()
         self.start, self.path, self.chord = state["start"], state["path"], state["chord"]
         self._restart([kept.to(now.device) for kept, now in zip(state["epoch_start"], self._now(), strict=True)])
         self.moved += state["moved"].to(self.moved.device)
         self._clear(len(self.path) - 1)
         self._write_distances()
+
+    def _check(self) -> None:
+        """Raise ``UserError`` where somebody else's file has a name that will be needed, before it is."""
+        folder = self.folder.relative_to(self.written.folder)
+        self.written.check((folder / f"epoch{epoch:04d}.pth").as_posix() for epoch in self.epochs)
 
     def _now(self) -> list[Tensor]:
         return [weight.detach() for weight in self.weights.values()]

@@ -53,16 +53,18 @@ class Written:
         """Raise ``UserError`` where one of these names is taken by something that we did not write, or by a link."""
         for name in names:
             path = self.folder / name
-            for place in (*reversed(self._between(path)), path):
-                if place.is_symlink():
-                    raise UserError(
-                        f"{place} is a link, and links in a run's folder are not followed; move it away, or give another "
-                        "folder."
-                    )
+            self.check_folders(place.relative_to(self.folder).as_posix() for place in reversed(self._between(path)))
+            _check_no_link(path)
             if path.exists() and not (name in self.names and is_plain(path)):
                 raise UserError(f"{path} is there and was not written by a run; move it away, or give another folder.")
-            if any(place.exists() and not place.is_dir() for place in self._between(path)):
-                raise UserError(f"{path.parent} is no folder; move it away, or give another folder.")
+
+    def check_folders(self, names: Iterable[str]) -> None:
+        """Raise ``UserError`` where files of ours could not lie in folders of these names."""
+        for name in names:
+            place = self.folder / name
+            _check_no_link(place)
+            if place.exists() and not place.is_dir():
+                raise UserError(f"{place} is no folder; move it away, or give another folder.")
 
     def claim(self, path: Path) -> Path:
         """The path, once it is known as ours; to be called before the file is written."""
@@ -87,6 +89,7 @@ class Written:
     def remove(self, keep: Iterable[str] = ()) -> None:
         """Remove all that we wrote, and folders that are empty then; the manifest stays, with the names in ``keep``."""
         self.read()
+        self.add(())  # a kill on the way must leave a list, also where there was none
         self.sweep()
         for name in sorted(self.names):
             self._unlink(self.folder / name)
@@ -116,6 +119,13 @@ class Written:
     def _store(self, names: set[str]) -> None:
         write_text(self.manifest, json.dumps({"format": FORMAT, "written": sorted(names)}, indent=1) + "\n")
         self._names = names
+
+
+def _check_no_link(place: Path) -> None:
+    if place.is_symlink():
+        raise UserError(
+            f"{place} is a link, and links in a run's folder are not followed; move it away, or give another folder."
+        )
 
 
 def _is_below(name: object) -> bool:

@@ -11,6 +11,7 @@ import pytest
 import torch
 import yaml
 from killing import same
+from mortal import attempt
 from tiny import TINY
 
 from metric_kd.cli.main import main as metric_kd
@@ -213,6 +214,28 @@ def test_a_foreign_file_where_the_run_will_write_is_refused_before_any_work(trai
     before = tree(run)
     status, said = train()
     assert status == 2 and "card.json is there and was not written by a run" in said and tree(run) == before
+
+
+def test_a_foreign_file_where_a_record_will_be_written_is_refused_before_any_step(train, tmp_path):
+    folder = tmp_path / "run"
+    folder.mkdir()
+    Written(folder).add(["config.yaml"])
+    (folder / "weights").mkdir()
+    (folder / "weights" / "epoch0001.pth").write_text("mine")
+    status, said = train()
+    assert status == 2 and "epoch0001.pth is there and was not written by a run" in said
+    assert (folder / "weights" / "epoch0001.pth").read_text() == "mine" and not (folder / "last.pth").exists()
+
+
+@pytest.mark.parametrize("moment", range(1, 9))
+def test_killed_while_an_older_run_is_removed_the_same_command_starts_over(older, train, moment, finished):
+    (older / "mine.txt").write_text("mine")
+    assert attempt(lambda: RunDirectory(older).clear(), kill_at=moment)
+    assert (moment > 2) == RunDirectory(older).written.manifest.exists()
+    if moment == 8:  # the others differ in how many files are left
+        assert train("--resume", "never")[0] == 0 and same(older, finished)
+    RunDirectory(older).check_own()
+    assert (older / "mine.txt").read_text() == "mine"
 
 
 def test_an_older_run_goes_on_and_is_known_from_then_on(train, older):
