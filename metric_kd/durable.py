@@ -13,6 +13,13 @@ def sync_folder(path: Path) -> None:
         os.close(handle)
 
 
+def umask() -> int:
+    """The mask of this process, which is set for a moment to be read."""
+    mask = os.umask(0)
+    os.umask(mask)
+    return mask
+
+
 def pwrite_all(handle: int, data: bytes, offset: int) -> None:
     """Write all of ``data`` at ``offset``, however few bytes the system takes at once; a full disk raises ``OSError``."""
     view = memoryview(data)

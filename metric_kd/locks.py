@@ -7,6 +7,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 from metric_kd.errors import UserError
+from metric_kd.scratch import open_plain
 
 
 @contextlib.contextmanager
@@ -14,7 +15,9 @@ def alone(file: Path, refusal: str | None = None, lock: Path | None = None) -> I
     """Hold a lock, ``.FILE.lock`` beside a file by default. Another process waits and says so, or with ``refusal`` raises
     ``UserError(refusal)``.
 
-    The lock dies with its process: unlike flock's, it is not handed to processes that this one forks. Where the system has
+    The lock dies with its process: unlike flock's, it is not handed to processes that this one forks. Its file is empty; one
+    that is not is somebody else's, is held all the same and stays. Links are not followed: they, and all else that is no
+    file, raise ``UserError``. Where the system has
     no such locks (Windows, where runs have one process) it is open; where the place has none it raises ``OSError``, or
     with ``refusal`` ``UserError``.
     """
@@ -25,7 +28,7 @@ def alone(file: Path, refusal: str | None = None, lock: Path | None = None) -> I
         return
     lock = lock or file.with_name(f".{file.name}.lock")
     while True:
-        handle = os.open(lock, os.O_CREAT | os.O_RDWR, 0o644)
+        handle = open_plain(lock, os.O_CREAT | os.O_RDWR, 0o644)
         try:
             _take(handle, file, refusal)
         except BaseException:
@@ -37,7 +40,7 @@ def alone(file: Path, refusal: str | None = None, lock: Path | None = None) -> I
     try:
         yield
     finally:
-        if _is(lock, handle):
+        if _is(lock, handle) and os.fstat(handle).st_size == 0:
             lock.unlink(missing_ok=True)
         os.close(handle)
 
@@ -61,5 +64,5 @@ def _take(handle: int, file: Path, refusal: str | None) -> None:
 def _is(path: Path, handle: int) -> bool:
     """Whether an open file still has this name."""
     with contextlib.suppress(OSError):
-        return os.path.samestat(os.stat(path), os.fstat(handle))
+        return os.path.samestat(os.lstat(path), os.fstat(handle))
     return False

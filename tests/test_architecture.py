@@ -18,6 +18,7 @@ GROUND = {
     "generators",
     "locks",
     "durable",
+    "scratch",
 }
 MAY_IMPORT = {
     "errors": set(),
@@ -26,7 +27,8 @@ MAY_IMPORT = {
     "distances": {"errors", "types"},
     "distributed": {"errors", "generators"},
     "generators": set(),
-    "locks": {"errors"},
+    "locks": {"errors", "scratch"},
+    "scratch": {"errors"},
     "durable": set(),
     "devices": {"errors", "distributed"},
     "modes": set(),

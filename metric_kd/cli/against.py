@@ -40,6 +40,7 @@ def matrix_of(parsed: Parsed, against: str, bridge: str) -> Matrix:
     parsed = checked(parsed)  # a run says itself what it was trained for
     if parsed.config.task == "classification":
         raise UserError(f"--against compares embeddings, and {load} is a classifier; name a run of embeddings.")
+    run_of(load).check_outputs("compatibility.json")
     session = build(parsed)
     try:
         assert isinstance(session.student, Network)
@@ -69,7 +70,7 @@ def matrix_of(parsed: Parsed, against: str, bridge: str) -> Matrix:
     nothing = chance(records.labels, config.recall[0], records.query, records.gallery)
     sentence = verdict(found, first, title, nothing)
     report = {"student": str(load), "teacher": str(against), "images": len(records), "bridge": how}
-    path = run_of(load).path / "compatibility.json"
+    path = run_of(load).claim_output("compatibility.json")
     write_text(path, json.dumps({**report, "matrix": found, "verdict": sentence}, indent=2) + "\n")
     print(f"{load} against {against} on {config.dataset} ({len(records)} images), bridge: {how}")
     print(table(found, names))

@@ -61,6 +61,7 @@ def main(arguments: Sequence[str], program: str | None = None) -> int:
             f"{options.run} was trained without labels and has no test images; analyse a run that has some."
         )
     find_checkpoint(against, "teacher")
+    run.check_outputs("analysis.json", "cka.png")
     flags = {key: getattr(options, key) for key in ("batch", "device", "pack", "pack_jpeg")}
     session = build(measuring_of(options.run, config, program, **flags))
     for note in session.notes:
@@ -73,8 +74,9 @@ def main(arguments: Sequence[str], program: str | None = None) -> int:
     report = {"student": str(options.run), "teacher": str(against), **found}
     title = f"Linear CKA on {found['images']} test images of {session.config.dataset}"
     picture = heat_map(found["cka"], found["student_layers"], found["teacher_layers"], (title, "student", "teacher"))
-    write_text(run.path / "analysis.json", json.dumps(report, indent=2) + "\n")
-    write_atomically(run.path / "cka.png", lambda file: file.write(picture))
+    files = [run.claim_output(name) for name in ("analysis.json", "cka.png")]
+    write_text(files[0], json.dumps(report, indent=2) + "\n")
+    write_atomically(files[1], lambda file: file.write(picture))
     for name, value in found["noise"].items():
         print(f"noise of {name}: {value:.4f}")
     print(f"linear CKA of the pooled features: {found['pooled_cka']:.4f}")

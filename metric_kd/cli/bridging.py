@@ -32,7 +32,7 @@ def keep_bridge(session: Session, run: RunDirectory) -> str | None:
     load_weights(student, content["model"], strict=True)
     ours, theirs = _both(session, student.to(session.device))
     bridge = fit_bridge(ours, theirs, config.bridge)
-    write_checkpoint(run.best, {**content, "bridge": bridge.state()})
+    write_checkpoint(run.claim(run.best), {**content, "bridge": bridge.state()})
     return f"a {config.bridge} bridge into the teacher's space, fitted on {len(ours)} training images, is in {run.best}"
 
 

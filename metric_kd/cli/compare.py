@@ -16,7 +16,7 @@ from metric_kd.cli.comparison import CONTROL, Comparison, Row, main_metric, read
 from metric_kd.cli.config import DistillConfig, to_dict
 from metric_kd.cli.fitting import fit, say
 from metric_kd.cli.making import make_task
-from metric_kd.cli.outcome import Outcome, Result, report_of, write_results
+from metric_kd.cli.outcome import FILES, Outcome, Result, report_of, write_results, written_in
 from metric_kd.cli.parse import Parsed, read_words
 from metric_kd.cli.session import Session, build
 from metric_kd.engine.checkpoint import write_text
@@ -157,7 +157,8 @@ def _measure_control(comparison: Comparison, alone: Outcome, reference: Outcome)
         "seconds_of_reference": reference.seconds,
         "seconds_per_epoch_alone": alone.seconds / epochs,
     }
-    write_text(comparison.save_dir / "plan.json", json.dumps(measured, indent=2) + "\n")
+    file = written_in(comparison.save_dir).claim(comparison.save_dir / "plan.json")
+    write_text(file, json.dumps(measured, indent=2) + "\n")
 
 
 def _measured(comparison: Comparison) -> dict[str, Any]:
@@ -195,6 +196,7 @@ def _check_folder(comparison: Comparison) -> None:
     folder.check_writable()
     if folder.started():
         raise UserError(f"save_dir {folder.path} holds a run of its own; give another folder.")
+    written_in(folder.path).check([*FILES, "plan.json"])
     for row in _known_rows(comparison):
         runs = [*_searches(comparison, row)]
         if len(row.candidates) == 1:

@@ -68,6 +68,7 @@ def _one_step(command: str, arguments: list[str]) -> dict[str, Any]:
     parsed = checked(parse(command, arguments))
     run = RunDirectory(parsed.config.save_dir or default_save_dir(command, parsed.config))
     run.check_writable()
+    run.check_own()
     if parsed.config.resume == "auto":
         run.check_config(to_dict(parsed.config))
     session = build(parsed)

@@ -8,6 +8,7 @@ from typing import Any, BinaryIO, Literal
 
 import numpy as np
 
+from metric_kd.cli.beside import check_table
 from metric_kd.cli.parse import read_words
 from metric_kd.data.decode import check_header
 from metric_kd.deploy.embedder import images_in, load
@@ -26,6 +27,7 @@ def main(arguments: Sequence[str], program: str | None = None) -> int:
     if not out.parent.is_dir():
         raise UserError(f"--out {out}: the folder {out.parent} does not exist; create it first.")
     check_folder(out.absolute().parent, "--out")
+    check_table(out)
     if options.batch < 1:
         raise UserError(f"--batch is {options.batch}; give 1 or more.")
     paths = images_in(options.images)

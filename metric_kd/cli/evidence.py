@@ -32,6 +32,8 @@ def main(arguments: Sequence[str], program: str | None = None) -> int:
         raise UserError("a run is named twice, which would make its figures look surer than they are; name each once.")
     if options.k < 1:
         raise UserError(f"--k is {options.k}; give 1 or more neighbours.")
+    for run in runs:
+        run_of(run).check_outputs("evidence.json")
     configs = [run_of(run).stored_config() or {} for run in runs]
     against = options.against or configs[0].get("teacher_load")
     if against is None:
@@ -43,7 +45,7 @@ def main(arguments: Sequence[str], program: str | None = None) -> int:
     for run, report in zip(runs, reports, strict=True):
         if together is not None:
             report["merged"] = together
-        write_text(run_of(run).path / "evidence.json", json.dumps(report, indent=2) + "\n")
+        write_text(run_of(run).claim_output("evidence.json"), json.dumps(report, indent=2) + "\n")
     if options.json:
         print(json.dumps({"reports": reports}, indent=2))
         return 0

@@ -12,6 +12,7 @@ import numpy as np
 import torch
 
 from metric_kd import __version__
+from metric_kd.cli.beside import check_export
 from metric_kd.cli.embedding import embedded
 from metric_kd.cli.goals import load_splits
 from metric_kd.cli.parse import read_words
@@ -89,6 +90,7 @@ def _checked(options: Any) -> Path:
     if not out.absolute().parent.is_dir():
         raise UserError(f"--out {out}: the folder {out.parent} does not exist; create it first.")
     check_folder(out.absolute().parent, "--out")
+    check_export(out, options.out is not None)
     for flag, folder in (("--images", options.images), ("--calibration", options.calibration)):
         if folder is not None:
             images_in(folder, flag)

@@ -41,6 +41,8 @@ def fit(command: str, parsed: Parsed) -> dict[str, float]:
     run = RunDirectory(parsed.config.save_dir or default_save_dir(command, parsed.config))
     fresh = parsed.config.resume == "never"
     run.check_writable()
+    peers = [f"peer{k}" for k in range(1, 1 + len(getattr(parsed.config, "mutual", [])))]
+    run.check_own(peers)
     if not fresh:
         run.check_config(config)
         finished = run.finished(parsed.config.epochs)
@@ -53,8 +55,10 @@ def fit(command: str, parsed: Parsed) -> dict[str, float]:
         task = make_task(session)
         batches = make_batches(session)
         with run.locked() if distributed.is_main() else nullcontext():
-            if distributed.is_main() and fresh:
-                run.clear()
+            if distributed.is_main():
+                run.check_own(peers)  # once more, now that nobody else writes
+                if fresh:
+                    run.clear()
             distributed.barrier()
             try:
                 return _fit(session, run, task, batches, config)
@@ -115,7 +119,7 @@ def _fit(
                 share_start(session.student, share)
     if distributed.is_main():
         run.open(config)
-    board = TensorBoard.if_installed(run.path / "tensorboard", trainer.lines) if distributed.is_main() else None
+    board = TensorBoard.if_installed(run.boards, trainer.lines, run.made) if distributed.is_main() else None
     with nullcontext() if board is None else closing(board):
         trainer.observers = [*observers, board] if board is not None else observers
         trainer.fit()
@@ -128,7 +132,7 @@ def _recorders(session: Session, run: RunDirectory, trainer: Trainer) -> list[Ob
         return []
     epochs = chosen_epochs(session.config.record_weights, trainer.total_epochs)
     student = trainer.task.student
-    return [WeightRecord(student, run.weights, epochs, lambda: trainer.state_of(student))]
+    return [WeightRecord(student, run.weights, epochs, lambda: trainer.state_of(student), run.written)]
 
 
 class Result(NamedTuple):
@@ -154,8 +158,10 @@ def _finish(session: Session, run: RunDirectory, trainer: Trainer) -> dict[str, 
     lines += [] if bridged is None else [bridged]
     lines += prefix_table(session.config, trainer.task.student, results["student"].best)
     lines += also_eval.lines_of(elsewhere)
-    write_text(run.result, "\n".join(lines) + "\n")
-    write_text(run.card, json.dumps({**_card(session, trainer, results), "also": elsewhere}, indent=2) + "\n")
+    write_text(run.claim(run.result), "\n".join(lines) + "\n")
+    write_text(
+        run.claim(run.card), json.dumps({**_card(session, trainer, results), "also": elsewhere}, indent=2) + "\n"
+    )
     say("\n".join([*lines, f"wrote {', '.join(str(run.best_of(name)) for name in results)}"]))
     return results["student"].best
 

@@ -7,6 +7,7 @@ from typing import Any
 
 import torch
 
+from metric_kd import scratch
 from metric_kd.cli.config import (
     NETWORK_FIELDS,
     DistillConfig,
@@ -126,7 +127,8 @@ def _start_together(network: Network, path: str, pretrained: str) -> str:
 def share_start(network: Network, path: Path) -> None:
     """Write a network's weights to ``path``; where another run was faster, start from what it wrote."""
     path.parent.mkdir(parents=True, exist_ok=True)
-    own = path.with_name(f".{path.name}.{os.getpid()}")
+    handle, own = scratch.create(path)
+    os.close(handle)
     try:
         write_checkpoint(own, {"network": network.spec.to_dict(), "model": network.state_dict()})
         os.link(own, path)  # unlike a rename, this fails where the file exists

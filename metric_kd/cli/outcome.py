@@ -12,6 +12,8 @@ import torch
 from metric_kd.cli.comparison import CONTROL, Comparison, Row, main_metric
 from metric_kd.cli.config import DistillConfig
 from metric_kd.engine.checkpoint import write_atomically, write_text
+from metric_kd.engine.older_run import read_object
+from metric_kd.engine.written import Written
 from metric_kd.report.comparison import (
     ComparedRow,
     ComparisonReport,
@@ -21,6 +23,7 @@ from metric_kd.report.comparison import (
     table_text,
 )
 
+FILES = ("table.txt", "results.json", "comparison.png", "comparison.html")
 SLOWER = 1.1
 """A method that takes this many times the control's seconds is said to have had more compute."""
 
@@ -125,10 +128,22 @@ def _differences(outcomes: Sequence[Outcome]) -> list[str]:
     return [sentence for key, sentence in sentences.items() if len(found[key]) > 1]
 
 
+def written_in(folder: Path) -> Written:
+    """The files of a comparison in its save_dir, which are the only ones that it replaces."""
+
+    def older() -> list[str]:
+        names = list(FILES) if {"metric", "seeds", "rows"} <= read_object(folder / "results.json").keys() else []
+        plan = {"control_epochs", "reference"} <= read_object(folder / "plan.json").keys()
+        return [*names, *(["plan.json"] if plan else [])]
+
+    return Written(folder, older)
+
+
 def write_results(comparison: Comparison, outcomes: Sequence[Outcome], report: ComparisonReport) -> list[Path]:
     """Write table.txt, results.json, comparison.png and comparison.html into save_dir; returns their paths."""
     folder = comparison.save_dir
-    files = [folder / name for name in ("table.txt", "results.json", "comparison.png", "comparison.html")]
+    written = written_in(folder)
+    files = [written.claim(folder / name) for name in FILES]
     write_text(files[0], table_text(report))
     write_text(files[1], json.dumps(_numbers(comparison, outcomes, report), indent=2) + "\n")
     picture = bar_chart(report)

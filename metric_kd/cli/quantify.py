@@ -17,14 +17,16 @@ from metric_kd.cli.config import QuantifyConfig
 from metric_kd.cli.parse import parse
 from metric_kd.cli.subjects import Examined, Images, images_of, networks_of
 from metric_kd.devices import choose_device
-from metric_kd.engine.checkpoint import restore_network, sweep, write_text
+from metric_kd.engine.checkpoint import restore_network, write_text
+from metric_kd.engine.older_run import names_in
 from metric_kd.engine.reproducibility import environment
 from metric_kd.engine.run_directory import RunDirectory, check_folder
+from metric_kd.engine.written import Written
 from metric_kd.errors import UserError
 from metric_kd.models.network import Network
 from metric_kd.quantify.concepts import effective
 from metric_kd.quantify.discarding import entropy
-from metric_kd.quantify.maps import PIXELS, MapStore, Subject, feature_of, search_missing
+from metric_kd.quantify.maps import PIXELS, MapStore, Subject, feature_of, is_store, search_missing
 from metric_kd.quantify.search import Search
 from metric_kd.quantify.summary import Curve, EntropyMaps, MetricTable, Quantified, curve, metric_table, unlearned
 from metric_kd.report.quantified import QuantifiedReport, table_text, write_quantified
@@ -40,6 +42,8 @@ def main(arguments: Sequence[str], program: str | None = None) -> int:
     search = _search(config)
     out = Path(config.out or _default_out(config))
     check_folder(out, "--out")
+    written = Written(out, lambda: [*names_in(out), *((MAPS, METRICS, PAGE) if is_store(out / MAPS) else ())])
+    written.check((MAPS, METRICS, PAGE))
     device = choose_device(config.device)
     notes: list[str] = []
     networks = networks_of(config, notes)
@@ -54,10 +58,11 @@ def main(arguments: Sequence[str], program: str | None = None) -> int:
     for network in networks:
         _check_layer(network, images.views[network.size][:1])
     with RunDirectory(out, "--out").locked():
-        sweep(out)
+        written.sweep()
         if config.resume == "never":
-            for name in (MAPS, METRICS, PAGE):
-                (out / name).unlink(missing_ok=True)
+            written.remove_some((MAPS, METRICS, PAGE))
+        for name in (MAPS, METRICS, PAGE):
+            written.claim(out / name)
         shape = (len(images.names), search.grid, search.grid)
         store = MapStore(out / MAPS, shape, _settings(config, search, device), _parts(networks, images))
         subjects = [Subject(n.name, n.checkpoints, n.layer, n.relu, images.views[n.size]) for n in networks]

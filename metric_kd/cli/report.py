@@ -12,6 +12,7 @@ from typing import Any, Literal
 import torch
 
 import metric_kd
+from metric_kd.cli.beside import check_page
 from metric_kd.cli.measuring import Measuring
 from metric_kd.cli.parse import read_words
 from metric_kd.cli.reported import Finished, finished, names_of
@@ -21,6 +22,8 @@ from metric_kd.engine.run_directory import check_folder
 from metric_kd.errors import UserError
 from metric_kd.report.embedding_map import require
 from metric_kd.report.run_report import MAPS, write_run_report
+
+PAGE = "report.html"
 
 
 def main(arguments: Sequence[str], program: str | None = None) -> int:
@@ -54,12 +57,14 @@ def _checked(options: Any) -> Path:
     require(options.map)
     if options.images < 0:
         raise UserError(f"--images is {options.images}; give 0 or more.")
-    out = Path(options.out)
+    out = Path(PAGE if options.out is None else options.out)
     if out.is_dir() or out.suffix not in (".html", ".htm"):
         raise UserError(f"--out {out} must be a file that ends in .html.")
     if not out.absolute().parent.is_dir():
         raise UserError(f"--out {out}: the folder {out.parent} does not exist; create it first.")
     check_folder(out.absolute().parent, "--out")
+    if options.out is None:
+        check_page(out)
     return out
 
 
@@ -123,7 +128,7 @@ def _parser(program: str | None) -> Any:
 
     parser = ArgumentParser(prog=program, description=__doc__, allow_abbrev=False, exit_on_error=False)
     parser.add_argument("runs", type=str, nargs="+", help="run directories")
-    parser.add_argument("--out", type=str, default="report.html", help="page to write")
+    parser.add_argument("--out", type=str | None, default=None, help=f"page to write; default {PAGE}")
     parser.add_argument("--images", type=int, default=3, help="queries of each kind in a gallery; 0 for no galleries")
     parser.add_argument(
         "--map",

@@ -13,6 +13,7 @@ from metric_kd.data.records import ImageRecords
 from metric_kd.data.vectors import Vectors, read_vectors
 from metric_kd.data.views import Views
 from metric_kd.distill.granularity import CodedTeacher
+from metric_kd.engine.cache_file import check_part
 from metric_kd.engine.run_directory import check_folder
 from metric_kd.engine.stored_teacher import FIELDS, StoredTeacher
 from metric_kd.engine.teacher_cache import Teacher, cached
@@ -127,9 +128,12 @@ def refusals(config: RunConfig) -> list[str]:
 def _unwritable(file: Path) -> list[str]:
     if file.is_dir():
         return [f"--teacher_cache {file} is a folder; give a file."]
+    if file.is_symlink() and not file.exists() or file.exists() and not file.is_file():
+        return [f"--teacher_cache {file} is a link to nothing, or no file of the usual kind; give another file."]
     try:
         if not file.exists():
             check_folder(file.parent, "--teacher_cache")
+            check_part(file)
     except UserError as error:
         return [str(error)]
     return []

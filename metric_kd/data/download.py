@@ -12,13 +12,15 @@ import urllib.request
 import zipfile
 import zlib
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 
 from tqdm import tqdm
 
+from metric_kd.durable import umask
 from metric_kd.errors import UserError
+from metric_kd.scratch import check_part, open_plain
 
 BLOCK = 1 << 20
 ATTEMPTS = 4
@@ -85,6 +87,7 @@ def _host(url: str) -> str:
 def _fetch_one(url: str, target: Path, md5: str, timeout: float, progress: bool) -> None:
     """One mirror: transfers as long as each brings something new, and one fresh start where the part is bad."""
     part = target.with_name(target.name + ".part")
+    check_part(part, lambda path: True, "download")  # a link, a folder or a pipe is none
     idle, fresh = 0, False
     while idle < ATTEMPTS:
         before = part.stat().st_size if part.exists() else 0
@@ -135,9 +138,11 @@ def _transfer(url: str, part: Path, start: int, timeout: float, progress: bool) 
         total = start + int(announced) if announced else None
         part.parent.mkdir(parents=True, exist_ok=True)
         with (
-            open(part, "ab" if start else "wb") as file,
+            open(part, "ab", opener=open_plain) as file,
             tqdm(total=total, initial=start, unit="B", unit_scale=True, desc=part.stem, disable=not progress) as bar,
         ):
+            file.truncate(start)
+            file.seek(start)
             while block := response.read(BLOCK):
                 file.write(block)
                 bar.update(len(block))
@@ -162,19 +167,13 @@ def extract(archive: "str | Path", folder: "str | Path", inner: str | None = Non
         if not source.is_dir():
             raise UserError(f"{archive} holds no folder {inner!r}; it is another archive, so get the right one.")
         if source == scratch:
-            os.chmod(scratch, 0o777 & ~_umask())  # mkdtemp makes it private
+            os.chmod(scratch, 0o777 & ~umask())  # mkdtemp makes it private
         os.rename(source, folder)
     except (tarfile.TarError, zipfile.BadZipFile, EOFError, zlib.error) as error:
         raise UserError(f"{archive} cannot be unpacked ({error}); delete it and get it again.") from error
     finally:
         shutil.rmtree(scratch, ignore_errors=True)
     return folder
-
-
-def _umask() -> int:
-    mask = os.umask(0)
-    os.umask(mask)
-    return mask
 
 
 def _check_name(archive: Path, name: str) -> None:
@@ -213,9 +212,26 @@ def _exclusive(target: Path) -> Iterator[None]:
         yield
         return
     key = hashlib.sha256(str(target.resolve()).encode()).hexdigest()[:16]
-    with open(Path(tempfile.gettempdir()) / f"metric_kd-{os.getuid()}-{key}.lock", "w") as lock:
-        fcntl.flock(lock, fcntl.LOCK_EX)
+    handle = open_plain(_own_folder() / f"{key}.lock", os.O_RDWR | os.O_CREAT, 0o600)
+    try:
+        fcntl.flock(handle, fcntl.LOCK_EX)
         yield
+    finally:
+        os.close(handle)
+
+
+def _own_folder() -> Path:
+    """A folder for locks among the temporary files, in which only this user can put anything, links least of all."""
+    folder = Path(tempfile.gettempdir()) / f"metric_kd-{os.getuid()}"
+    with suppress(FileExistsError):
+        folder.mkdir(mode=0o700)
+    state = folder.lstat()
+    if not stat.S_ISDIR(state.st_mode) or state.st_uid != os.getuid() or state.st_mode & 0o077:
+        raise UserError(
+            f"{folder} is not a folder of this user alone (mode 0700); remove it, or give another place for temporary files "
+            "(TMPDIR)."
+        )
+    return folder
 
 
 def obtain(root: "str | Path", source: Source, download: bool = True) -> Path:

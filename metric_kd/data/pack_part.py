@@ -6,14 +6,15 @@ import os
 import shutil
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
 from tqdm import tqdm
 
+from metric_kd import scratch
 from metric_kd.data.pack import FORMAT, RESIZE, decode_resized, versions
-from metric_kd.durable import pwrite_all, sync_folder
+from metric_kd.durable import pwrite_all, sync_folder, umask
 from metric_kd.errors import UserError
 
 BLOCK = 128
@@ -42,15 +43,47 @@ class Source(NamedTuple):
         return digest.hexdigest()[:32]
 
 
-def _files(file: Path) -> list[Path]:
-    """What may lie beside ``file`` while it is made: the part, its JPEG images, and two that never outlive a process."""
-    return [file.with_name(name.format(file.name)) for name in ("{}.part", "{}.jpeg.part", ".{}.new", ".{}.whole")]
+def _files(file: Path) -> tuple[Path, Path]:
+    """What lies beside ``file`` while it is made: the part, and its JPEG images."""
+    return file.with_name(f"{file.name}.part"), file.with_name(f"{file.name}.jpeg.part")
+
+
+def check_part(file: Path) -> None:
+    """Raise ``UserError`` where something of somebody else lies where the unfinished pack would."""
+    part, blobs = _files(file)
+    scratch.check_part(part, _is_pack, "pack")
+    scratch.check_part(blobs, lambda path: _has_jpeg(part) or _has_jpeg(file), "pack")
 
 
 def remove_part(file: Path) -> None:
-    """Forget an unfinished pack."""
-    for path in _files(file):
-        path.unlink(missing_ok=True)
+    """Forget an unfinished pack; what is of somebody else stays."""
+    part, blobs = _files(file)
+    for path in (part, blobs):
+        scratch.sweep_beside(path)
+    scratch.remove_part(blobs, lambda path: _has_jpeg(part) or _has_jpeg(file))  # first: the other tells whose they are
+    scratch.remove_part(part, _is_pack)
+
+
+def _is_pack(path: Path) -> bool:
+    """Whether a file is a pack, whole or not, of this version or another."""
+    return str(_attributes(path).get("format", "")).startswith("metric_kd pack ")
+
+
+def _has_jpeg(path: Path) -> bool:
+    """Whether a file is a pack of JPEG images, which lie beside it until it is whole."""
+    return _is_pack(path) and _attributes(path).get("quality", 0) != 0
+
+
+def _attributes(path: Path) -> dict[str, Any]:
+    import h5py
+
+    if not scratch.is_plain(path):
+        return {}
+    try:
+        with h5py.File(path, "r", locking=False) as content:
+            return dict(content.attrs)
+    except (OSError, RuntimeError, ValueError):
+        return {}
 
 
 class Part:
@@ -63,27 +96,31 @@ class Part:
 
     def __init__(self, file: Path, source: Source, side: int, quality: int | None):
         self.file, self.source, self.side, self.quality = file, source, side, quality
-        self.path, self.blobs, self.new, self.whole = _files(file)
-        for path in (self.new, self.whole):
-            path.unlink(missing_ok=True)
+        self.path, self.blobs = _files(file)
+        check_part(file)
+        for path in (self.path, self.blobs):
+            scratch.sweep_beside(path)
         if not self._open():
             remove_part(file)
-            self._create(self.path, 0)
+            os.replace(self._create(0), self.path)
             self._open()
-        self.handle = os.open(self.path, os.O_RDWR)
-        self.jpeg = None if quality is None else os.open(self.blobs, os.O_CREAT | os.O_RDWR, 0o666)
+        self.handle = scratch.open_plain(self.path, os.O_RDWR)
+        self.jpeg = None if quality is None else scratch.open_plain(self.blobs, os.O_CREAT | os.O_RDWR)
 
     def close(self) -> None:
         os.close(self.handle)
         if self.jpeg is not None:
             os.close(self.jpeg)
 
-    def _create(self, path: Path, length: int) -> None:
-        """Write a pack without its rows under the name ``path``, with room for ``length`` bytes of JPEG images."""
+    def _create(self, length: int) -> Path:
+        """Write a pack without its rows, with room for ``length`` bytes of JPEG images, as a scratch file."""
         import h5py
 
         source, count = self.source, len(self.source.paths)
-        with h5py.File(self.new, "w", locking=False) as content:
+        handle, new = scratch.create(self.path)
+        os.close(handle)
+        new.chmod(0o666 & ~umask())
+        with h5py.File(new, "w", locking=False) as content:
             content.attrs.update(
                 format=FORMAT,
                 dataset=source.dataset,
@@ -108,8 +145,8 @@ class Part:
             for name, (shape, kind) in rows.items():
                 kind_id = h5py.h5t.py_create(np.dtype(kind))
                 h5py.h5d.create(content.id, name.encode(), kind_id, h5py.h5s.create_simple(shape), early)
-        _write(self.new, {offset: bytes(8) for offset in [self._offsets(self.new)["written"]]})
-        os.replace(self.new, path)
+        _write(new, {offset: bytes(8) for offset in [self._offsets(new)["written"]]})
+        return new
 
     @staticmethod
     def _offsets(path: Path) -> dict[str, int]:
@@ -227,9 +264,9 @@ class Part:
     def _join(self, length: int) -> None:
         """``file.part`` with the JPEG images in it; only then does it replace the one without."""
         assert self.ends is not None
-        self._create(self.whole, length)
-        offsets = self._offsets(self.whole)
-        with self.whole.open("r+b") as target, self.blobs.open("rb") as blobs:
+        whole = self._create(length)
+        offsets = self._offsets(whole)
+        with whole.open("r+b") as target, self.blobs.open("rb") as blobs:
             target.seek(offsets["jpeg"])
             while length:  # not all of the file: behind the last image a kill may have left half of another
                 piece = blobs.read(min(length, 1 << 22))
@@ -240,8 +277,8 @@ class Part:
             "ends": self.ends.tobytes(),
             "written": np.array([len(self.ends)], "<i8").tobytes(),
         }
-        _write(self.whole, {offsets[name]: data for name, data in columns.items()})
-        os.replace(self.whole, self.path)
+        _write(whole, {offsets[name]: data for name, data in columns.items()})
+        os.replace(whole, self.path)
 
 
 def _write(path: Path, pieces: "dict[int, bytes]") -> None:

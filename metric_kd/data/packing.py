@@ -11,7 +11,7 @@ import numpy as np
 
 from metric_kd.data import decode
 from metric_kd.data.pack import Located, Pack, StalePack
-from metric_kd.data.pack_part import Part, Source, remove_part
+from metric_kd.data.pack_part import Part, Source, check_part, remove_part
 from metric_kd.data.records import ImageRecords
 from metric_kd.errors import UserError
 from metric_kd.locks import alone
@@ -64,6 +64,8 @@ def make_pack(
     file = Path(file)
     if file.is_dir():
         raise UserError(f"the pack {file} is a folder; give a file, as in {file / 'pack.h5'}.")
+    if file.exists() and not file.is_file():
+        raise UserError(f"the pack {file} is no file of the usual kind; give another file.")
     if side < 8 or workers < 1 or not (quality is None or 1 <= quality <= 100):
         raise UserError("a pack takes a side of 8 px or more, one or more workers, and a JPEG quality from 1 to 100.")
     source = _source(parts)
@@ -74,6 +76,7 @@ def make_pack(
             if pack is not None:
                 remove_part(file)
             else:
+                check_part(file)
                 if not skip_unreadable:
                     for path in source.paths:
                         decode.check_header(path)

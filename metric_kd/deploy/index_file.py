@@ -14,7 +14,6 @@ No member is pickled, none depends on the clock: the same content is the same fi
 """
 
 import contextlib
-import glob
 import json
 import os
 import zipfile
@@ -91,12 +90,6 @@ class IndexFile:
 def write_index(path: Path, content: IndexFile) -> None:
     """Write the file whole; a reader sees the old one or the new one."""
     write_atomically(path, lambda file: _write(file, content))
-
-
-def sweep_beside(path: Path) -> None:
-    """Remove what killed processes left of :func:`write_atomically` on this path; for the one process that writes it."""
-    for half_written in path.parent.glob(f".{glob.escape(path.name)}.{'?' * 8}.part"):
-        half_written.unlink(missing_ok=True)
 
 
 def _write(file: BinaryIO, content: IndexFile) -> None:

@@ -8,6 +8,7 @@ from typing import BinaryIO
 import numpy as np
 from tqdm import tqdm
 
+from metric_kd import scratch
 from metric_kd.deploy.index_file import Files
 from metric_kd.deploy.model import Model
 from metric_kd.durable import pwrite_all
@@ -34,12 +35,13 @@ class Part:
         self.path, self.model, self.root, self.files = part_of(file), model, root, files
         self.header = {"digest": model.digest, "precision": precision, "images": root, "dimensions": model.dimensions}
         self.row = 4 * model.dimensions
+        check_part(file)
         there = self._read()
         if there is not None and sorted(there[0].identities()) == sorted(files.identities()):
             self.files = there[0]
         else:
             self._create(there)
-        self.handle = os.open(self.path, os.O_RDWR)
+        self.handle = scratch.open_plain(self.path, os.O_RDWR)
         self.written, self.offset, _ = _head(self.path)
 
     def close(self) -> None:
@@ -134,9 +136,19 @@ def part_of(file: Path) -> Path:
     return file.with_name(f"{file.name}.part")
 
 
+def check_part(file: Path) -> None:
+    """Raise ``UserError`` where something of somebody else lies where unfinished work would."""
+    scratch.check_part(part_of(file), _is_part, "index")
+
+
 def remove_part(file: Path) -> None:
-    """Forget unfinished work."""
-    part_of(file).unlink(missing_ok=True)
+    """Forget unfinished work; what is of somebody else stays."""
+    scratch.remove_part(part_of(file), _is_part)
+
+
+def _is_part(path: Path) -> bool:
+    with open(path, "rb", opener=scratch.open_plain) as file:
+        return file.read(len(MAGIC)) == MAGIC
 
 
 def _head(path: Path) -> tuple[int, int, dict]:

@@ -11,12 +11,13 @@ import numpy as np
 from metric_kd.data.decode import check_header, state_of
 from metric_kd.deploy.embedder import images_in, is_image
 from metric_kd.deploy.factory import EXACT_CODES_UP_TO, Factory, check_factory, choose_factory, parse_factory
-from metric_kd.deploy.index_file import About, Files, IndexFile, read_index, sweep_beside, write_index
-from metric_kd.deploy.index_part import Part, part_of, remove_part
+from metric_kd.deploy.index_file import About, Files, IndexFile, read_index, write_index
+from metric_kd.deploy.index_part import Part, check_part, part_of, remove_part
 from metric_kd.deploy.model import Model
 from metric_kd.deploy.vector_index import VectorIndex, build, check_faiss
 from metric_kd.errors import UserError
 from metric_kd.locks import alone
+from metric_kd.scratch import sweep_beside
 
 GROWN = 2
 """Times the vectors that the lists of factory auto were trained on: from there on they are trained again."""
@@ -82,12 +83,15 @@ def check_file(file: Path) -> None:
     """Raise ``UserError`` where a file cannot be written; cheap."""
     if file.is_dir():
         raise UserError(f"--out {file} is a folder; give the name of a file.")
+    if file.exists() and not file.is_file():
+        raise UserError(f"--out {file} is no file of the usual kind; give the name of another.")
     if is_image(file):
         raise UserError(f"--out {file} ends as an image does, and would be taken for one; give another name.")
     if not file.parent.is_dir():
         raise UserError(f"--out {file}: the folder {file.parent} does not exist; create it first.")
     if not os.access(file.parent, os.W_OK):
         raise UserError(f"--out {file}: the folder {file.parent} cannot be written; choose another one.")
+    check_part(file)
 
 
 def _about(model: Model, root: str, precision: str, factory: str, keep_vectors: str | None) -> About:

@@ -12,7 +12,8 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from metric_kd.durable import sync_folder
+from metric_kd import scratch
+from metric_kd.durable import sync_folder, umask
 from metric_kd.errors import UserError
 
 FORMAT = "metric_kd teacher cache 1"
@@ -23,6 +24,21 @@ SAVE_SECONDS = 5.0
 def part_of(file: Path) -> Path:
     """Where a cache lies until it is whole."""
     return file.with_name(f"{file.name}.part")
+
+
+def check_part(file: Path) -> None:
+    """Raise ``UserError`` where something of somebody else lies where the unfinished cache would."""
+    scratch.check_part(part_of(file), _is_cache, "teacher cache")
+
+
+def _is_cache(path: Path) -> bool:
+    import h5py
+
+    try:
+        with h5py.File(path, "r", locking=False) as content:
+            return str(content.attrs.get("format", "")).startswith("metric_kd teacher cache ")
+    except (OSError, RuntimeError, ValueError):
+        return False
 
 
 class Part:
@@ -43,10 +59,12 @@ class Part:
     ):
         self.file, self.path, self.shapes = file, part_of(file), dict(shapes)
         self.lengths, self.written = np.array(lengths, dtype="<i8"), np.zeros(len(lengths), dtype="<i8")
+        check_part(file)
+        scratch.sweep_beside(self.path)
         if not self._open(manifest):
             self._create(manifest)
             self._open(manifest)
-        self.handle = self.path.open("r+b")
+        self.handle = os.fdopen(scratch.open_plain(self.path, os.O_RDWR), "r+b")
         self._saved_at = time.monotonic()
 
     def close(self) -> None:
@@ -64,7 +82,9 @@ class Part:
                 f"{self.file} needs {size / 2**30:.2f} GiB and {self.file.parent} has {free / 2**30:.2f} GiB free; make room, "
                 "give fewer --views, or write it elsewhere."
             )
-        new = self.path.with_name(f".{self.path.name}.new")
+        handle, new = scratch.create(self.path)
+        os.close(handle)
+        new.chmod(0o666 & ~umask())
         with h5py.File(new, "w", locking=False) as content:
             content.attrs.update(manifest)
             early = h5py.h5p.create(h5py.h5p.DATASET_CREATE)

@@ -2,14 +2,14 @@
 
 import os
 import pickle
-import tempfile
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any, BinaryIO
 
 import torch
 
-from metric_kd.durable import sync_folder
+from metric_kd import scratch
+from metric_kd.durable import sync_folder, umask
 from metric_kd.errors import UserError
 from metric_kd.models.network import Network, NetworkSpec, build_network, load_weights
 
@@ -22,30 +22,18 @@ def write_atomically(path: Path, write: Callable[[BinaryIO], object]) -> None:
     After a crash at any moment ``path`` is either the old file or the new one.
     """
     path = Path(path)
-    handle, temporary = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.", suffix=".part")
+    handle, temporary = scratch.create(path)
     try:
         with os.fdopen(handle, "wb") as file:
             write(file)
             file.flush()
             os.fsync(file.fileno())
-        os.chmod(temporary, 0o666 & ~_umask())
+        os.chmod(temporary, 0o666 & ~umask())
         os.replace(temporary, path)
     except BaseException:
-        Path(temporary).unlink(missing_ok=True)
+        temporary.unlink(missing_ok=True)
         raise
     sync_folder(path.parent)
-
-
-def sweep(folder: Path) -> None:
-    """Remove what a killed process left half-written; to be called by the one process that writes the folder."""
-    for half_written in folder.glob(".*.part"):
-        half_written.unlink(missing_ok=True)
-
-
-def _umask() -> int:
-    mask = os.umask(0)
-    os.umask(mask)
-    return mask
 
 
 def write_text(path: Path, text: str) -> None:

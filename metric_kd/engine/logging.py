@@ -1,5 +1,7 @@
 """What a run says while it trains: running means on the device, one JSON line per epoch, TensorBoard if installed."""
 
+import secrets
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -121,13 +123,17 @@ class TensorBoard(Observer):
         self.writer, self.epochs = writer, epochs
 
     @classmethod
-    def if_installed(cls, folder: Path, epochs: int) -> "TensorBoard | None":
-        """``epochs``: how many are finished; what an earlier start wrote of later ones is dropped."""
+    def if_installed(cls, folder: Path, epochs: int, made: Callable[[Path], object]) -> "TensorBoard | None":
+        """epochs: how many are finished; what an earlier start wrote of later ones is dropped. made: told of the file."""
         try:
             from torch.utils.tensorboard import SummaryWriter
         except ImportError:
             return None
-        return cls(SummaryWriter(str(folder), purge_step=epochs + 1), epochs)
+        mark = f".metric_kd-{secrets.token_hex(8)}"  # others may write into this folder too
+        writer = SummaryWriter(str(folder), purge_step=epochs + 1, filename_suffix=mark)
+        for file in folder.glob(f"*{mark}"):
+            made(file)
+        return cls(writer, epochs)
 
     def epoch_end(self, record: dict[str, Any]) -> None:
         self.epochs += 1

@@ -3,18 +3,19 @@
 import contextlib
 import json
 import os
-import shutil
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
 import yaml
 
-from metric_kd.engine.checkpoint import read_checkpoint, sweep, write_text
-from metric_kd.engine.weight_record import remove_record
+from metric_kd.engine.checkpoint import read_checkpoint, write_text
+from metric_kd.engine.older_run import is_output, names_in
+from metric_kd.engine.written import MANIFEST, Written
 from metric_kd.errors import UserError
 from metric_kd.locks import alone
+from metric_kd.scratch import is_plain, is_scratch, open_plain
 
 RESUMABLE_KEYS = frozenset(
     {
@@ -33,6 +34,20 @@ RESUMABLE_KEYS = frozenset(
     }
 )
 """Config keys that may differ between the start of a run and its continuation."""
+NOTHING = frozenset(
+    {
+        ".DS_Store",
+        ".localized",
+        "Thumbs.db",
+        "desktop.ini",
+        ".directory",
+        ".gitignore",
+        ".gitkeep",
+        ".keep",
+        "lost+found",
+    }
+)
+"""Names of which a folder is still empty: systems put them there, or people to keep an empty folder."""
 SEED_KEYS = (RESUMABLE_KEYS - {"epochs"}) | {"seed", "student_init"}
 """Config keys in which two runs may differ that are seeds of one another; compare gives each seed a start of its own."""
 
@@ -48,7 +63,10 @@ def check_folder(path: Path, flag: str) -> None:
 
 
 class RunDirectory:
-    """The files of one run under ``path``; nothing is created before :meth:`open`."""
+    """The files of one run under ``path``; nothing is created before :meth:`open`.
+
+    written: the files that runs and commands of ours wrote there, the only ones that are replaced or removed.
+    """
 
     def __init__(self, path: "Path | str", flag: str = "--save_dir"):
         self.path, self.flag = Path(path), flag
@@ -59,6 +77,10 @@ class RunDirectory:
         self.last = self.path / "last.pth"
         self.card = self.path / "card.json"
         self.weights = self.path / "weights"
+        self.boards = self.path / "tensorboard"
+        self.lock = self.path / ".lock"
+        self.written = Written(self.path, lambda: names_in(self.path))
+        self._made: list[Path] = []
 
     def best_of(self, network: str) -> Path:
         """Where the result of a network lies: best.pth for the student, NAME.pth for a peer."""
@@ -69,6 +91,39 @@ class RunDirectory:
         if self.path.exists() and not self.path.is_dir():
             raise UserError(f"{self.flag} {self.path} is a file; give a folder.")
         check_folder(self.path, self.flag)
+
+    def check_own(self, networks: Iterable[str] = ()) -> None:
+        """Raise ``UserError`` where the folder holds files and no run, or what a run cannot write without harm to others.
+
+        networks: the peers of the student, which have files of their own.
+        """
+        names = self._content()
+        if not names:
+            return
+        if not self.is_run():
+            more = f" and {len(names) - 1} more" if len(names) > 1 else ""
+            raise UserError(
+                f"{self.flag} {self.path} holds {names[0]}{more}, and no run; give another {self.flag}, a new or an empty "
+                "folder."
+            )
+        files = [self.config, self.metrics, self.result, self.card, self.last, self.best]
+        files += [self.best_of(network) for network in networks]
+        self.written.check(file.name for file in files)
+        self.written.check_folders([self.weights.name, self.boards.name])  # what lies in them may be of others
+
+    def _content(self) -> list[str]:
+        """What lies in the folder, but for what an empty folder has, or a process that was killed at its very start."""
+        if not self.path.is_dir():
+            return []
+        names = {path.name for path in self.path.iterdir()} - NOTHING
+        if self.lock.name in names and is_plain(self.lock) and self.lock.stat().st_size == 0:
+            names.remove(self.lock.name)
+        return sorted(name for name in names if not is_scratch(name, MANIFEST))
+
+    def is_run(self) -> bool:
+        """Whether the folder holds a run, started or finished, of this version or of one before manifests."""
+        self.written.read()
+        return self.config.name in self.written.names
 
     def check_config(self, config: dict[str, Any]) -> None:
         """Refuse to continue a run that was started with another config, naming the first differing key."""
@@ -124,45 +179,56 @@ class RunDirectory:
     def open(self, config: dict[str, Any]) -> None:
         """Create the directory, sweep out what a killed process left half-written, and write the config."""
         self.path.mkdir(parents=True, exist_ok=True)
-        for folder in (self.path, self.weights):
-            sweep(folder)
-        write_text(self.config, yaml.safe_dump(config, sort_keys=False))
+        self.written.sweep()
+        write_text(self.claim(self.config), yaml.safe_dump(config, sort_keys=False))
+
+    def claim(self, file: Path) -> Path:
+        """The file, put on the list of what we wrote; raises ``UserError`` where it is there and of somebody else."""
+        return self.written.claim(file)
+
+    def made(self, file: Path) -> None:
+        """Put a file on the list of what we wrote, which is there already and whose name was not known before."""
+        self.written.add([file.relative_to(self.path).as_posix()])
+
+    def check_outputs(self, *names: str) -> None:
+        """Raise ``UserError`` where a command could not write these files beside the run's without harm to others."""
+        self.written.check(name for name in names if not is_output(self.path / name))
+
+    def claim_output(self, name: str) -> Path:
+        """The path of a command's file. Only a run has a list of its files; beside a mere checkpoint none is begun."""
+        self.check_outputs(name)
+        if self.is_run():
+            self.written.add([name])
+        return self.path / name
 
     def clear(self) -> None:
         """Forget an earlier run in the same directory; other files stay."""
-        for file in (
-            self.last,
-            self.metrics,
-            self.result,
-            self.best,
-            self.card,
-            self.config,
-            self.path / "analysis.json",
-            self.path / "cka.png",
-            self.path / "evidence.json",
-            self.path / "compatibility.json",
-            *self.path.glob("peer*.pth"),
-        ):
-            file.unlink(missing_ok=True)
-        remove_record(self.weights)
+        if self.is_run():
+            self.written.remove(keep=[self.config.name])
 
     def discard_unstarted(self) -> None:
         """Remove what a run wrote that was refused before its first checkpoint; files of others stay."""
-        if self.started() or not self.path.is_dir():
+        if not self.path.is_dir():
             return
-        for file in (self.config, self.metrics, self.path / ".lock"):
-            file.unlink(missing_ok=True)
-        shutil.rmtree(self.path / "tensorboard", ignore_errors=True)
-        remove_record(self.weights)
-        with contextlib.suppress(OSError):  # not empty: someone else's files
-            self.path.rmdir()
+        if self.is_run():
+            if self.started():
+                return
+            self.written.remove(keep=[self.config.name])
+            if self._content() == [MANIFEST]:  # else a next start must still know the folder as a run's
+                self.written.manifest.unlink()
+        if is_plain(self.lock) and self.lock.stat().st_size == 0:
+            self.lock.unlink()
+        for folder in self._made:
+            with contextlib.suppress(OSError):  # not empty: someone else's files
+                folder.rmdir()
 
     @contextlib.contextmanager
     def locked(self) -> Iterator[None]:
         """Hold the directory for one process, also while others decode images for it; a second one is refused."""
+        self._made += [folder for folder in (self.path, *self.path.parents) if not folder.exists()]
         self.path.mkdir(parents=True, exist_ok=True)
         refusal = f"another process is writing {self.path}; wait for it or give another {self.flag}."
-        with alone(self.path, refusal, self.path / ".lock"):
+        with alone(self.path, refusal, self.lock):
             yield
 
     def finished(self, epochs: int) -> str | None:
@@ -183,7 +249,7 @@ class RunDirectory:
 
     def append_metrics(self, record: dict[str, Any]) -> None:
         """Add one line for an epoch and flush it to the disk."""
-        with self.metrics.open("a") as file:
+        with open(self.claim(self.metrics), "a", opener=open_plain) as file:
             file.write(json.dumps(record) + "\n")
             file.flush()
             os.fsync(file.fileno())
@@ -203,4 +269,4 @@ class RunDirectory:
         """Keep the lines of the first ``epochs`` epochs, over all stages: later ones will run again."""
         kept = self.history()[:epochs]
         if self.metrics.is_file():
-            write_text(self.metrics, "".join(json.dumps(record) + "\n" for record in kept))
+            write_text(self.claim(self.metrics), "".join(json.dumps(record) + "\n" for record in kept))

@@ -26,7 +26,7 @@ from metric_kd import distributed
 from metric_kd.data import decode
 from metric_kd.data.loading import ImageLoader
 from metric_kd.devices import autocast
-from metric_kd.engine.cache_file import FORMAT, Part, read_cache
+from metric_kd.engine.cache_file import FORMAT, Part, check_part, read_cache
 from metric_kd.engine.reproducibility import environment, weights_digest
 from metric_kd.engine.stored_teacher import StoredTeacher
 from metric_kd.errors import UserError
@@ -122,6 +122,8 @@ def cached(
     """
     file, held_out = Path(file), dict(held_out or {})
     teacher.network.to(teacher.device).eval().requires_grad_(False)
+    if distributed.is_main() and not file.is_file():
+        check_part(file)
     wanted = manifest(teacher, train, held_out)
     if not _there(file):
         _make(file, wanted, teacher, train, held_out, batch)

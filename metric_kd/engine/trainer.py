@@ -274,7 +274,8 @@ class Trainer:
     def _write_best(self, name: str, metrics: dict[str, Any]) -> None:
         if distributed.is_main():
             check_finite(self.task, self.step, self.run.last)
-            write_checkpoint(self.run.best_of(name), {**self.state_of(self.task.networks[name]), "metrics": metrics})
+            file = self.run.claim(self.run.best_of(name))
+            write_checkpoint(file, {**self.state_of(self.task.networks[name]), "metrics": metrics})
 
     def state_of(self, network: Network | Coders) -> dict[str, Any]:
         """What a checkpoint holds of one network: what it is, and its weights."""
@@ -292,7 +293,7 @@ class Trainer:
         state = progress(self, seconds)
         if state is not None:
             check_finite(self.task, self.step, self.run.last)
-            write_checkpoint(self.run.last, state)
+            write_checkpoint(self.run.claim(self.run.last), state)
         self._saved_at = time.monotonic()
 
     def resume(self) -> bool:

@@ -12,6 +12,7 @@ from torch import Tensor, nn
 
 from metric_kd.engine.checkpoint import write_checkpoint, write_text
 from metric_kd.engine.logging import Observer
+from metric_kd.engine.written import Written
 from metric_kd.errors import UserError
 
 PAPER_EPOCHS = (0, 2, 5, 10, 15, 20, 25, 30, 40, 50, 70, 90, 110, 130, 150)
@@ -52,21 +53,29 @@ class WeightRecord(Observer):
     FOLDER/epochNNNN.pth for the chosen epochs. Epochs are counted over all stages.
 
     The reference program keeps only the path, the paper's text (as we recall it) the chord. state_of: what a checkpoint
-    of the network holds. Costs two copies of the weights while training, and one in last.pth.
+    of the network holds. written: the list of our files that those of the folder are on, by default one of its own. Costs
+    two copies of the weights while training, and one in last.pth.
     """
 
     name = "weights"
 
     def __init__(
-        self, network: nn.Module, folder: Path, epochs: Collection[int], state_of: Callable[[], dict[str, Any]]
+        self,
+        network: nn.Module,
+        folder: Path,
+        epochs: Collection[int],
+        state_of: Callable[[], dict[str, Any]],
+        written: Written | None = None,
     ):
         self.folder, self.epochs, self.state_of = folder, epochs, state_of
+        self.written = Written(folder) if written is None else written
         self.weights = {name: weight for name, weight in network.named_parameters() if weight.ndim > 1}
         self.start: list[float] = []
         self.path: list[list[float]] = []
         self.chord: list[list[float]] = []
 
     def begin(self) -> None:
+        self._check()
         self._clear(-1)
         self.start = self._norms(self._now()).tolist()
         self.path, self.chord = [[0.0] * len(self.start)], [[0.0] * len(self.start)]
@@ -93,11 +102,17 @@ class WeightRecord(Observer):
         }
 
     def restore(self, state: dict[str, Any]) -> None:
+        self._check()
         self.start, self.path, self.chord = state["start"], state["path"], state["chord"]
         self._restart([kept.to(now.device) for kept, now in zip(state["epoch_start"], self._now(), strict=True)])
         self.moved += state["moved"].to(self.moved.device)
         self._clear(len(self.path) - 1)
         self._write_distances()
+
+    def _check(self) -> None:
+        """Raise ``UserError`` where somebody else's file has a name that will be needed, before it is."""
+        folder = self.folder.relative_to(self.written.folder)
+        self.written.check((folder / f"epoch{epoch:04d}.pth").as_posix() for epoch in self.epochs)
 
     def _now(self) -> list[Tensor]:
         return [weight.detach() for weight in self.weights.values()]
@@ -117,7 +132,7 @@ class WeightRecord(Observer):
         self.folder.mkdir(parents=True, exist_ok=True)
         epoch = len(self.path) - 1
         if epoch in self.epochs:
-            write_checkpoint(self.folder / f"epoch{epoch:04d}.pth", self.state_of())
+            write_checkpoint(self.written.claim(self.folder / f"epoch{epoch:04d}.pth"), self.state_of())
         self._write_distances()
 
     def _write_distances(self) -> None:
@@ -126,13 +141,12 @@ class WeightRecord(Observer):
             for k, name in enumerate(self.weights)
         }
         self.folder.mkdir(parents=True, exist_ok=True)
-        write_text(self.folder / "distances.json", json.dumps(content) + "\n")
+        write_text(self.written.claim(self.folder / "distances.json"), json.dumps(content) + "\n")
 
     def _clear(self, after: int) -> None:
         """Remove what an interrupted run wrote of later epochs: they will run again."""
-        for epoch, file in checkpoints_of(self.folder).items():
-            if epoch > after:
-                file.unlink(missing_ok=True)
+        later = [file for epoch, file in checkpoints_of(self.folder).items() if epoch > after]
+        self.written.remove_some(file.relative_to(self.written.folder).as_posix() for file in later)
 
 
 def checkpoints_of(folder: Path) -> dict[int, Path]:
@@ -153,11 +167,3 @@ def read_distances(folder: Path) -> dict[str, Distances]:
         raise UserError(f"{folder} holds no record of weights; train that run with --record_weights paper.") from None
     except (OSError, TypeError, ValueError, AttributeError) as error:
         raise UserError(f"{file} cannot be read ({error}); copy it again.") from error
-
-
-def remove_record(folder: Path) -> None:
-    """Remove the record, and the folder where nothing else is in it."""
-    for file in (*checkpoints_of(folder).values(), folder / "distances.json"):
-        file.unlink(missing_ok=True)
-    if folder.is_dir() and not any(folder.iterdir()):
-        folder.rmdir()

@@ -11,6 +11,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
+from metric_kd import scratch
 from metric_kd.errors import UserError
 from metric_kd.models.backbone import BACKBONES, Pixels
 from metric_kd.models.fully_connected import ADDED, UNDERLYING
@@ -111,10 +112,12 @@ def _fetch(source: Published, cache: str | None) -> dict[str, Tensor]:
     algorithm, expected = source.checksum
     if path.is_file() and _digest(path, algorithm).startswith(expected):
         return _read(path)
-    partial = folder / f"{path.name}.{os.getpid()}.part"
+    partial = None
     advice = "get that file elsewhere and pass --pretrained FILE, or pass --pretrained false."
     try:
         folder.mkdir(parents=True, exist_ok=True)
+        handle, partial = scratch.create(path)
+        os.close(handle)
         torch.hub.download_url_to_file(source.url, str(partial))
         found = _digest(partial, algorithm)
         if not found.startswith(expected):
@@ -124,7 +127,8 @@ def _fetch(source: Published, cache: str | None) -> dict[str, Tensor]:
         reason = str(error).splitlines()[0] if str(error) else type(error).__name__
         raise UserError(f"could not download {source.url} ({reason}); {advice}") from None
     finally:
-        partial.unlink(missing_ok=True)
+        if partial is not None:
+            partial.unlink(missing_ok=True)
     return _read(path)
 
 

@@ -21,6 +21,7 @@ from metric_kd.models.layers import reading
 from metric_kd.models.network import Network
 from metric_kd.quantify.discarding import information_discarding, noisy_per_call
 from metric_kd.quantify.search import Search
+from metric_kd.scratch import is_plain
 
 TOGETHER = 8
 """Images that are searched in one go, or as many as fit one call: a stop loses no more than these."""
@@ -41,6 +42,19 @@ class Subject(NamedTuple):
     layer: str
     relu: bool
     images: Tensor
+
+
+def is_store(file: Path) -> bool:
+    """Whether a file is one of maps, whole and of any settings."""
+    import h5py
+
+    try:
+        if not is_plain(file):
+            return False
+        with h5py.File(file, "r") as content:
+            return {"settings", "parts"} <= content.attrs.keys()
+    except OSError:
+        return False
 
 
 class MapStore:

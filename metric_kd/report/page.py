@@ -1,11 +1,12 @@
 """write_page: one HTML file that compares networks; it needs no other file, no script and no connection."""
 
-import contextlib
 import os
 from collections.abc import Mapping, Sequence
 from importlib import resources
 from pathlib import Path
 
+from metric_kd import scratch
+from metric_kd.durable import umask
 from metric_kd.errors import UserError
 from metric_kd.report import words
 from metric_kd.report.curves import training_curves
@@ -67,13 +68,16 @@ def _source(template: str) -> str:
 
 def replace_page(path: Path, text: str) -> Path:
     """Write the text and return its path, as a whole or not at all; ``UserError`` where it cannot be written."""
-    part = path.with_name(f".{path.name}.{os.getpid()}.part")
+    part = None
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        part.write_text(text, encoding="utf-8")
+        handle, part = scratch.create(path)
+        with os.fdopen(handle, "w", encoding="utf-8") as file:
+            file.write(text)
+        part.chmod(0o666 & ~umask())
         os.replace(part, path)
     except OSError as error:
-        with contextlib.suppress(OSError):  # nothing was begun where the folder itself is at fault
+        if part is not None:
             part.unlink(missing_ok=True)
         raise UserError(f"cannot write the page {path} ({error.strerror}); choose another folder.") from error
     return path

@@ -145,8 +145,9 @@ def test_what_an_error_or_a_kill_left_half_written_is_removed_and_no_more(folder
         with pytest.raises(OSError, match="No space left"):
             make_index(toy(), folder, file, batch=2)
     assert sorted(os.listdir(tmp_path)) == ["i[0].part", "images"], "the embeddings are kept, and nothing else"
-    others = {".i[0].more.abcd1234.part", ".i0.abcd1234.part", "i[0].more.part", ".part"}
-    for name in (*others, ".i[0].abcd1234.part", ".i[0].part.abcd1234.part"):
+    mark = "abcd1234.metric_kd.part"
+    others = {f".i[0].more.{mark}", f".i0.{mark}", "i[0].more.part", ".part", ".i[0].abcd1234.part"}
+    for name in (*others, f".i[0].{mark}", f".i[0].part.{mark}"):
         (tmp_path / name).write_bytes(b"half")
     model = toy()
     make_index(model, folder, file, batch=2)

@@ -59,7 +59,7 @@ def test_sigkill_then_resume_gives_the_same_weights(image_folder, tmp_path, unin
     process.wait()
     assert not (run / "result.txt").exists(), "the kill came too late to test anything"
     assert kill_at <= step_of(run) < 72
-    (run / ".last.pth.x.part").touch()
+    (run / ".last.pth.abcd1234.metric_kd.part").write_bytes(b"half")
     main(arguments)
     assert not list(run.glob(".*.part")), "half-written files are swept out"
     assert equal(weights(run), weights(uninterrupted))

@@ -9,6 +9,7 @@ from tiny import TINY
 from metric_kd.cli.train import main
 from metric_kd.engine.checkpoint import read_checkpoint, write_checkpoint
 from metric_kd.engine.run_directory import RunDirectory
+from metric_kd.engine.written import Written
 from metric_kd.errors import UserError
 
 
@@ -29,6 +30,7 @@ def epochs_of(folder) -> list[int]:
 def test_metrics_of_a_run_that_was_killed_before_its_first_checkpoint_are_dropped(run):
     folder, start = run
     folder.mkdir()
+    Written(folder).add(["config.yaml", "metrics.jsonl"])
     (folder / "metrics.jsonl").write_text('{"epoch": 1, "loss": 1.0}\n{"epoch": 2, "lo')
     start()
     assert epochs_of(folder) == [1, 2]
@@ -50,9 +52,10 @@ def test_without_a_readable_config_the_checkpoint_still_knows_its_run(run, confi
     assert (folder / "result.txt").exists()
 
 
-def test_a_foreign_last_pth_is_not_resumed(run):
+def test_a_last_pth_that_is_no_checkpoint_of_a_run_is_not_resumed(run):
     folder, start = run
     folder.mkdir()
+    Written(folder).add(["config.yaml", "last.pth"])
     torch.save({"linear.weight": torch.ones(2)}, folder / "last.pth")
     with pytest.raises(UserError, match="no checkpoint of a run"):
         start()

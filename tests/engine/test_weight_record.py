@@ -20,8 +20,8 @@ from metric_kd.engine.weight_record import (
     checkpoints_of,
     chosen_epochs,
     read_distances,
-    remove_record,
 )
+from metric_kd.engine.written import Written
 from metric_kd.errors import UserError
 
 
@@ -39,7 +39,8 @@ def test_epochs_are_chosen_in_words():
 def test_distances_are_those_of_a_loop(tmp_path):
     torch.manual_seed(0)
     network = nn.Sequential(nn.Conv2d(3, 4, 3), nn.BatchNorm2d(4), nn.Flatten(), nn.Linear(16, 2)).double()
-    record = WeightRecord(network, tmp_path / "weights", {0, 2}, lambda: {"model": network.state_dict()})
+    written = Written(tmp_path)
+    record = WeightRecord(network, tmp_path / "weights", {0, 2}, lambda: {"model": network.state_dict()}, written)
     record.begin()
     weight = network[3].weight
     trace = [[weight.detach().clone()]]
@@ -64,7 +65,7 @@ def test_distances_are_those_of_a_loop(tmp_path):
     last = read_checkpoint(tmp_path / "weights" / "epoch0002.pth")["model"]
     assert torch.equal(last["3.weight"], weight)
     (tmp_path / "weights" / "notes.txt").write_text("mine")
-    remove_record(tmp_path / "weights")
+    written.remove()
     assert [file.name for file in (tmp_path / "weights").iterdir()] == ["notes.txt"]
 
 
