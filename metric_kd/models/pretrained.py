@@ -173,7 +173,7 @@ def _read_h5(path: Path) -> dict[str, Tensor]:
     try:
         with h5py.File(path, "r") as file:
             file.visititems(visit)
-    except OSError as error:
+    except (OSError, RuntimeError, LookupError, ValueError, TypeError) as error:  # by where it is damaged
         raise UserError(f"{path} cannot be read as HDF5 ({error}); get it again, or pass another file.") from None
     return state
 

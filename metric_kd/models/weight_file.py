@@ -104,6 +104,8 @@ def _damage_in_archive(content: bytes) -> str:
     try:
         with zipfile.ZipFile(io.BytesIO(content)) as archive:
             members = archive.infolist()
+            if min(member.header_offset for member in members) > 0:
+                return "something precedes its beginning"
             names = [member.filename for member in members]
             if len(set(names)) < len(names):
                 return "it holds two parts of one name"
