@@ -127,7 +127,12 @@ def _onnx(path: Path, content: bytes) -> tuple[Run, dict[str, str]]:
         description, metadata = about.description, dict(about.custom_metadata_map)
     except Exception as error:  # the types of ONNX Runtime's exceptions are private
         raise _damaged(path) from error
-    if description == SEAL_FOLLOWS:
+    # Where others write a doc_string, the graph follows it: at the end of a file it is a seal, here of wrong bytes.
+    if (
+        not is_sealed(content)
+        and description
+        and (description == SEAL_FOLLOWS or content.endswith(description.encode()))
+    ):
         raise _damaged(path)
     if [entry.name for entry in session.get_inputs()] != [INPUT]:
         raise UserError(f"{path} takes other inputs than {INPUT}; give a file that `metric-kd export` wrote.")
