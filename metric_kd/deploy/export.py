@@ -18,6 +18,7 @@ from metric_kd.deploy.lineage import Lineage, identity
 from metric_kd.engine.reproducibility import weights_digest
 from metric_kd.errors import UserError
 from metric_kd.models.network import Network
+from metric_kd.models.weight_file import SEAL_FOLLOWS, seal_archive, sealed_onnx
 
 FORMATS = ("onnx", "pt2")
 OPSET = 18
@@ -129,7 +130,7 @@ def describe(graph: EmbeddingGraph, name: str, version: str, lineage: Lineage | 
 
 
 def write_onnx(graph: EmbeddingGraph, path: "Path | str", metadata: Mapping[str, str]) -> None:
-    """Write an ONNX file of opset ``OPSET`` with N, H and W free, checked by onnx's own checker.
+    """Write an ONNX file of opset ``OPSET`` with N, H and W free, checked by onnx's own checker and sealed.
 
     Raises ``UserError`` where a package is missing, the weights exceed ``LARGEST`` bytes, or the network has an operation
     that ONNX has not.
@@ -155,15 +156,16 @@ def write_onnx(graph: EmbeddingGraph, path: "Path | str", metadata: Mapping[str,
     model = program.model_proto
     stamp(model, metadata)
     onnx.checker.check_model(model, full_check=True)
-    Path(path).write_bytes(model.SerializeToString())
+    Path(path).write_bytes(sealed_onnx(model.SerializeToString()))
 
 
 def stamp(model: Any, metadata: Mapping[str, str]) -> None:
-    """Let metadata_props of an ONNX model be ``metadata``, and drop where in our source its nodes come from."""
+    """Let metadata_props of an ONNX model be ``metadata``, to be sealed, and drop where in our source its nodes come from."""
     from onnx import helper
 
     del model.metadata_props[:]
     helper.set_model_props(model, dict(metadata))
+    model.doc_string = SEAL_FOLLOWS
     model.producer_name, model.producer_version = "metric_kd", metadata["metric_kd"]
     for entry in (model.graph, *model.graph.node, *model.graph.value_info, *model.graph.initializer, *model.functions):
         del entry.metadata_props[:]
@@ -177,6 +179,7 @@ def write_pt2(graph: EmbeddingGraph, path: "Path | str", metadata: Mapping[str, 
         program = torch.export.export(graph.eval(), (_example(graph),), dynamic_shapes=(_dynamic(),))
         content = io.BytesIO()
         torch.export.save(program, content, extra_files={METADATA: json.dumps(dict(metadata))})
+    seal_archive(content)
     Path(path).write_bytes(content.getvalue())
 
 

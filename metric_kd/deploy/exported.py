@@ -1,5 +1,7 @@
 """Exported: an exported file as something that embeds images, without the code of its network."""
 
+import hashlib
+import io
 import json
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -13,6 +15,7 @@ from tqdm import tqdm
 from metric_kd.deploy.embedder import pixels_of, several
 from metric_kd.deploy.export import EXTRA, FORMATS, INPUT, METADATA, quiet
 from metric_kd.errors import UserError
+from metric_kd.models.weight_file import SEAL_FOLLOWS, is_sealed, read_checked
 
 AT_ONCE = 1 << 24
 """Pixels that are decoded, or run, together at most (192 MiB as float32): photos are not all small."""
@@ -25,8 +28,9 @@ Run = Callable[[np.ndarray], np.ndarray]
 class Exported:
     """``Exported("student.onnx").embed(["a.jpg"])``: an ONNX file in ONNX Runtime, or a .pt2 file in PyTorch.
 
-    dimensions: D. normalised: whether vectors have length 1. metadata: what the file says of itself, as text. Both formats
-    compute on as many threads as torch does. A .pt2 file runs on the device for which it was exported.
+    dimensions: D. normalised: whether vectors have length 1. metadata: what the file says of itself, as text. sha256: of
+    the file's bytes. Both formats compute on as many threads as torch does. A .pt2 file runs on the device for which it
+    was exported.
 
     Raises ``UserError`` for a file that is missing, damaged or not of this project, and where ONNX Runtime is not installed.
     A .pt2 file is a program: open none that you would not run.
@@ -36,10 +40,12 @@ class Exported:
         self.path = Path(path)
         if self.path.suffix.removeprefix(".") not in FORMATS:
             raise UserError(f"{self.path} is no exported file; give one that ends in .onnx or .pt2.")
-        if not self.path.is_file():
+        if not self.path.exists():
             raise UserError(f"the exported file {self.path} does not exist; check the path.")
+        content = read_checked(self.path, str(self.path), "copy it again or export it again")
+        self.sha256 = hashlib.sha256(content).hexdigest()
         self._run: Run
-        self._run, self.metadata = (_onnx if self.path.suffix == ".onnx" else _pt2)(self.path)
+        self._run, self.metadata = (_onnx if self.path.suffix == ".onnx" else _pt2)(self.path, content)
         for key in DESCRIBED:
             if key not in self.metadata:
                 raise UserError(f"{self.path} does not say its {key}; give a file that `metric-kd export` wrote.")
@@ -105,7 +111,7 @@ def _stacks(images: Iterator[tuple[int, np.ndarray]], batch: int) -> Iterator[tu
         yield [r for r, _ in group], np.stack([p for _, p in group])
 
 
-def _onnx(path: Path) -> tuple[Run, dict[str, str]]:
+def _onnx(path: Path, content: bytes) -> tuple[Run, dict[str, str]]:
     try:
         import onnxruntime
     except ImportError as error:
@@ -114,23 +120,34 @@ def _onnx(path: Path) -> tuple[Run, dict[str, str]]:
     options.intra_op_num_threads = torch.get_num_threads()
     options.log_severity_level = 3
     try:
-        session = onnxruntime.InferenceSession(str(path), options, providers=["CPUExecutionProvider"])
+        # What others wrote may have its weights in files beside it, which are found by the path only.
+        model = content if is_sealed(content) else str(path)
+        session = onnxruntime.InferenceSession(model, options, providers=["CPUExecutionProvider"])
+        about = session.get_modelmeta()
+        description, metadata = about.description, dict(about.custom_metadata_map)
     except Exception as error:  # the types of ONNX Runtime's exceptions are private
         raise _damaged(path) from error
+    # Where others write a doc_string, the graph follows it: at the end of a file it is a seal, here of wrong bytes.
+    if (
+        not is_sealed(content)
+        and description
+        and (description == SEAL_FOLLOWS or content.endswith(description.encode()))
+    ):
+        raise _damaged(path)
     if [entry.name for entry in session.get_inputs()] != [INPUT]:
         raise UserError(f"{path} takes other inputs than {INPUT}; give a file that `metric-kd export` wrote.")
 
     def run(images: np.ndarray) -> np.ndarray:
         return session.run(None, {INPUT: images})[0]
 
-    return run, dict(session.get_modelmeta().custom_metadata_map)
+    return run, metadata
 
 
-def _pt2(path: Path) -> tuple[Run, dict[str, str]]:
+def _pt2(path: Path, content: bytes) -> tuple[Run, dict[str, str]]:
     extra = {METADATA: ""}
     try:
         with quiet():
-            program = torch.export.load(str(path), extra_files=extra)
+            program = torch.export.load(io.BytesIO(content), extra_files=extra)
         metadata = json.loads(extra[METADATA] or "{}")
     except Exception as error:  # a damaged file raises what its bytes lead to
         raise _damaged(path) from error

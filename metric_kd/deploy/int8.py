@@ -11,6 +11,7 @@ from typing import Any
 import numpy as np
 
 from metric_kd.deploy.export import INPUT, require_packages, stamp
+from metric_kd.models.weight_file import sealed_onnx
 
 KINDS = ("dynamic", "static")
 WEIGHTED = {"Conv": 1, "Gemm": 1, "MatMul": 1}
@@ -138,4 +139,4 @@ def _describe(source: Path, target: Path, kind: str) -> None:
     model = onnx.load(target)
     stamp(model, {**metadata, "int8": kind})
     onnx.checker.check_model(model)
-    Path(target).write_bytes(model.SerializeToString())
+    Path(target).write_bytes(sealed_onnx(model.SerializeToString()))

@@ -1,6 +1,5 @@
 """open_model: a run, a checkpoint or an exported .onnx file as one thing that embeds, with a digest to know it by."""
 
-import hashlib
 from pathlib import Path
 from typing import Any, NamedTuple, Protocol
 
@@ -77,12 +76,10 @@ def _open_exported(path: Path) -> Model:
     from metric_kd.deploy.exported import Exported
 
     exported = Exported(path)
-    with path.open("rb") as file:
-        digest = hashlib.file_digest(file, "sha256").hexdigest()
     return Model(
         exported,
         path=str(path.resolve()),
-        digest=digest,
+        digest=exported.sha256,
         dimensions=exported.dimensions,
         what="an exported network",
         normalised=exported.normalised,

@@ -12,6 +12,7 @@ from metric_kd import scratch
 from metric_kd.durable import sync_folder, umask
 from metric_kd.errors import UserError
 from metric_kd.models.network import Network, NetworkSpec, build_network, load_weights
+from metric_kd.models.weight_file import read_tensors, seal_archive
 
 FORMAT = "metric_kd checkpoint 1"
 
@@ -24,7 +25,7 @@ def write_atomically(path: Path, write: Callable[[BinaryIO], object]) -> None:
     path = Path(path)
     handle, temporary = scratch.create(path)
     try:
-        with os.fdopen(handle, "wb") as file:
+        with os.fdopen(handle, "w+b") as file:
             write(file)
             file.flush()
             os.fsync(file.fileno())
@@ -42,19 +43,27 @@ def write_text(path: Path, text: str) -> None:
 
 
 def write_checkpoint(path: Path, content: dict[str, Any]) -> None:
-    """Save a dict of tensors and plain values atomically."""
-    write_atomically(path, lambda file: torch.save({"format": FORMAT, **content}, file))
+    """Save a dict of tensors and plain values atomically, sealed with its digest."""
+
+    def write(file: BinaryIO) -> None:
+        torch.save({"format": FORMAT, **content}, file)
+        seal_archive(file)
+
+    write_atomically(path, write)
 
 
 def read_checkpoint(path: "Path | str", role: str = "checkpoint") -> dict[str, Any]:
     """The content of a checkpoint file, or of a plain state dict under the key "model".
 
-    A directory stands for the run in it (best.pth, else last.pth). Only tensors and plain values are unpickled. Raises
-    ``UserError``, naming the file as ``role``, where it is missing, truncated or no checkpoint.
+    A directory stands for the run in it (best.pth, else last.pth). Only tensors and plain values are unpickled, and only
+    where the file's digest is right, or its checksums where it has no digest. Raises ``UserError``, naming the file as
+    ``role``, where it is missing, damaged or no checkpoint.
     """
     path = find_checkpoint(path, role)
     try:
-        content = torch.load(path, map_location="cpu", weights_only=True)
+        content = read_tensors(path, f"the {role} {path}", "copy it again or train again")
+    except UserError:
+        raise
     except pickle.UnpicklingError as error:
         raise UserError(
             f"the {role} {path} is no checkpoint of tensors and plain values, or was damaged; "
@@ -82,6 +91,8 @@ def find_checkpoint(path: "Path | str", role: str = "checkpoint") -> Path:
                 return path / name
         raise UserError(f"the {role} {path} is a folder without best.pth or last.pth; give a finished run or a file.")
     if not path.is_file():
+        if path.exists():
+            raise UserError(f"the {role} {path} is neither a file nor a folder; give a run or a file.")
         raise UserError(f"the {role} {path} does not exist; check the path.")
     return path
 

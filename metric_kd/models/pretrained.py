@@ -17,6 +17,7 @@ from metric_kd.models.backbone import BACKBONES, Pixels
 from metric_kd.models.fully_connected import ADDED, UNDERLYING
 from metric_kd.models.names import parse_base
 from metric_kd.models.network import Network, compare_state
+from metric_kd.models.weight_file import read_tensors
 
 
 class Published(NamedTuple):
@@ -143,7 +144,9 @@ def _read(path: Path) -> dict[str, Tensor]:
         state: Any = _read_h5(path)
     else:
         try:
-            state = torch.load(path, map_location="cpu", weights_only=True)
+            state = read_tensors(path, f"{path} is no readable weight file, it", "get it again")
+        except UserError:
+            raise
         except Exception as error:
             reason = str(error).splitlines()[0] if str(error) else type(error).__name__
             raise UserError(
@@ -174,7 +177,7 @@ def _read_h5(path: Path) -> dict[str, Tensor]:
     try:
         with h5py.File(path, "r") as file:
             file.visititems(visit)
-    except OSError as error:
+    except (OSError, RuntimeError, LookupError, ValueError, TypeError) as error:  # by where it is damaged
         raise UserError(f"{path} cannot be read as HDF5 ({error}); get it again, or pass another file.") from None
     return state
 

@@ -80,6 +80,40 @@ def test_teachers(refused, tmp_path, teacher_run):
     assert "plain.pth" in other and "does not fit" in other
 
 
+def test_four_wrong_bytes_in_the_weights_of_a_run(teacher_run, tmp_path, image_folder, capsys):
+    run = tmp_path / "run"
+    shutil.copytree(teacher_run, run)
+    for name in ("best.pth", "last.pth"):
+        content = bytearray((run / name).read_bytes())
+        start = content.index(torch.load(run / name, weights_only=True)["model"]["linear.weight"].numpy().tobytes())
+        content[start + 8 : start + 12] = bytes(4)
+        (run / name).write_bytes(content)
+    damaged = "best.pth is damaged: its contents do not match its digest; copy it again or train again."
+    for command_line in (
+        ["eval", run, "--device", "cpu"],
+        ["export", run, "--to", "onnx", "--images", image_folder],
+        ["embed", run, "--images", image_folder, "--out", tmp_path / "x.npy"],
+        ["index", run, "--images", image_folder, "--out", tmp_path / "x.index"],
+        [
+            "distill",
+            *TINY,
+            "--data",
+            image_folder,
+            "--dist_ratio",
+            1,
+            "--teacher_load",
+            run,
+            "--save_dir",
+            tmp_path / "s",
+        ],
+    ):
+        assert metric_kd([str(word) for word in command_line]) == 2
+        assert capsys.readouterr().err.strip().splitlines()[-1].endswith(damaged)
+    resumed = [*TINY, "--base", "resnet8:stem_stride=2", "--embedding_size", 16, "--data", image_folder, "--epochs", 3]
+    assert "last.pth is damaged: its contents do not match" in refusal(train, [*resumed, "--save_dir", run], capsys)
+    assert {path.name for path in tmp_path.iterdir()} == {"run"}
+
+
 def test_a_plain_state_dict_of_the_references_layout_is_a_teacher(teacher_run, tmp_path, image_folder):
     plain = tmp_path / "plain.pth"
     state = torch.load(teacher_run / "best.pth", weights_only=True)["model"]

@@ -1,6 +1,8 @@
 """The graph from pixels to embeddings: what it sees, and files that do the same."""
 
 import collections
+import hashlib
+import re
 
 import numpy as np
 import onnx
@@ -202,6 +204,53 @@ def test_files_of_others_are_refused(files, tmp_path):
         foreign = helper.make_model(inner, opset_imports=[helper.make_opsetid("", 18)], ir_version=8)
         onnx.save(foreign, tmp_path / "f.onnx")
         assert word in refusal(tmp_path / "f.onnx")
+
+
+@pytest.mark.parametrize("form", list(WRITERS))
+def test_wrong_bytes_anywhere_in_an_exported_file_are_refused(form, graph, files, tmp_path):
+    whole, file = files[form].read_bytes(), tmp_path / f"x.{form}"
+    images, refused = pixels(2, 3, 32, 32), 0
+    wanted = Exported(files[form]).run(images)
+    generator = np.random.default_rng(0)
+    places = [*np.linspace(0, len(whole) - 85, 60).astype(int), *range(len(whole) - 85, len(whole) - 3)]
+    damaged = [bytearray(whole) for _ in places]
+    for copy, at in zip(damaged, places, strict=True):
+        copy[at : at + 4] = bytes(copy[at + k] ^ int(generator.integers(1, 256)) for k in range(4))
+    cut = [whole[: len(whole) - k] for k in (1, 64, 81, 83, 84, 100, 2000, len(whole) // 2)]
+    for content in (*damaged, *cut, whole + b"x", whole + whole):
+        file.write_bytes(content)
+        try:
+            opened = Exported(file)  # it may, where the seal alone is wrong and no longer looks like one
+        except UserError as error:
+            refused += 1
+            assert re.fullmatch(rf".*x\.{form} .*damaged.* again\.", str(error))
+        else:
+            assert np.array_equal(opened.run(images), wanted) and opened.metadata == metadata(graph)
+    assert refused >= 60 + len(cut)
+    file.unlink()
+    file.mkdir()
+    with pytest.raises(UserError, match="is no file"):
+        Exported(file)
+
+
+def test_a_digest_covers_int8_and_every_byte(files, tmp_path):
+    quantise_dynamic(files["onnx"], tmp_path / "d.onnx")
+    for file in (*files.values(), tmp_path / "d.onnx"):
+        content = file.read_bytes()
+        assert content[-64:].decode() == hashlib.sha256(content[:-64]).hexdigest()
+        assert Exported(file).sha256 == hashlib.sha256(content).hexdigest()
+
+
+def test_onnx_files_that_others_wrote_or_changed_open_without_a_digest(files, tmp_path):
+    images = pixels(2, 3, 32, 32)
+    wanted = Exported(files["onnx"]).run(images)
+    model = onnx.load(files["onnx"])
+    onnx.save(model, tmp_path / "again.onnx")
+    onnx.save(model, tmp_path / "beside.onnx", save_as_external_data=True, location="weights", size_threshold=4096)
+    model.ClearField("doc_string")
+    onnx.save(model, tmp_path / "foreign.onnx")
+    for name in ("again", "beside", "foreign"):
+        assert np.array_equal(Exported(tmp_path / f"{name}.onnx").run(images), wanted)
 
 
 def test_what_cannot_be_exported_is_said_in_one_sentence(graph, tmp_path, monkeypatch):
