@@ -18,6 +18,7 @@ GROUND = {
     "generators",
     "locks",
     "durable",
+    "plain",
 }
 MAY_IMPORT = {
     "errors": set(),
@@ -28,6 +29,7 @@ MAY_IMPORT = {
     "generators": set(),
     "locks": {"errors"},
     "durable": set(),
+    "plain": set(),
     "devices": {"errors", "distributed"},
     "modes": set(),
     "kernels": {"errors", "distances"},
