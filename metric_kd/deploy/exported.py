@@ -1,6 +1,5 @@
 """Exported: an exported file as something that embeds images, without the code of its network."""
 
-import json
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -12,7 +11,9 @@ from tqdm import tqdm
 
 from metric_kd.deploy.embedder import pixels_of, several
 from metric_kd.deploy.export import EXTRA, FORMATS, INPUT, METADATA, quiet
+from metric_kd.deploy.program import check_program
 from metric_kd.errors import UserError
+from metric_kd.plain import parse_json
 
 AT_ONCE = 1 << 24
 """Pixels that are decoded, or run, together at most (192 MiB as float32): photos are not all small."""
@@ -129,9 +130,12 @@ def _onnx(path: Path) -> tuple[Run, dict[str, str]]:
 def _pt2(path: Path) -> tuple[Run, dict[str, str]]:
     extra = {METADATA: ""}
     try:
+        check_program(path)
         with quiet():
             program = torch.export.load(str(path), extra_files=extra)
-        metadata = json.loads(extra[METADATA] or "{}")
+        metadata = parse_json(extra[METADATA] or "{}")
+    except UserError:
+        raise
     except Exception as error:  # a damaged file raises what its bytes lead to
         raise _damaged(path) from error
     module = program.module()
