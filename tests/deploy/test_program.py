@@ -8,6 +8,7 @@ import pytest
 
 from metric_kd.deploy.export import EmbeddingGraph, write_pt2
 from metric_kd.deploy.exported import Exported
+from metric_kd.deploy.program import check_program
 from metric_kd.errors import UserError
 from metric_kd.models.backbone import Pixels
 from metric_kd.models.network import NetworkSpec, build_network
@@ -57,7 +58,7 @@ def model_with(old, new):
 
 
 def test_a_program_of_ours_is_opened(program):
-    Exported(program)
+    check_program(program)
 
 
 def test_programs_that_could_run_code_are_refused(program, tmp_path):
