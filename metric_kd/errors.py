@@ -9,10 +9,14 @@ class UserError(ValueError):
     """
 
 
-def one_of(kind: str, name: str, known: "list[str] | tuple[str, ...]") -> UserError:
+class UnknownName(UserError):
+    """A name that nothing has, perhaps because the module that registers it was not imported."""
+
+
+def one_of(kind: str, name: str, known: "list[str] | tuple[str, ...]") -> UnknownName:
     """An unknown name, with the nearest known one where there is one."""
     import difflib
 
     close = difflib.get_close_matches(name, known, n=1, cutoff=0.5)
     hint = f"did you mean {close[0]!r}?" if close else f"choose one of: {', '.join(sorted(known))}."
-    return UserError(f"unknown {kind} {name!r}; {hint}")
+    return UnknownName(f"unknown {kind} {name!r}; {hint}")

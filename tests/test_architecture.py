@@ -19,6 +19,7 @@ GROUND = {
     "locks",
     "durable",
     "scratch",
+    "plain",
 }
 MAY_IMPORT = {
     "errors": set(),
@@ -30,6 +31,7 @@ MAY_IMPORT = {
     "locks": {"errors", "scratch"},
     "scratch": {"errors"},
     "durable": set(),
+    "plain": set(),
     "devices": {"errors", "distributed"},
     "modes": set(),
     "kernels": {"errors", "distances"},

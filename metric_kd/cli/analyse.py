@@ -17,6 +17,7 @@ from metric_kd.cli.embedding import loader_for
 from metric_kd.cli.goals import goal_of, network_spec
 from metric_kd.cli.networks import teacher_of
 from metric_kd.cli.parse import read_words
+from metric_kd.cli.plugins import add_plugins, load_plugins
 from metric_kd.cli.session import Session, build, measuring_of
 from metric_kd.cli.stored import run_of
 from metric_kd.distill.granularity import CodedTeacher, Encoders
@@ -46,6 +47,7 @@ class Encoded(nn.Module):
 
 def main(arguments: Sequence[str], program: str | None = None) -> int:
     options = read_words(_parser(program), arguments)
+    load_plugins(options.plugins)
     find_checkpoint(options.run)
     run = run_of(options.run)
     config = run.stored_config() or {}
@@ -63,7 +65,7 @@ def main(arguments: Sequence[str], program: str | None = None) -> int:
     find_checkpoint(against, "teacher")
     run.check_outputs("analysis.json", "cka.png")
     flags = {key: getattr(options, key) for key in ("batch", "device", "pack", "pack_jpeg")}
-    session = build(measuring_of(options.run, config, program, **flags))
+    session = build(measuring_of(options.run, config, program, options.plugins, **flags))
     for note in session.notes:
         print(note)
     try:
@@ -165,4 +167,5 @@ def _parser(program: str | None) -> Any:
     parser.add_argument("--pack", type=str | None, default=None, help="read the images from it, as run.py does")
     parser.add_argument("--pack_jpeg", type=int | None, default=None, help="quality of a --pack of JPEG images")
     parser.add_argument("--device", type=Literal["auto", "cpu", "cuda"], default="auto", help="where to compute")
+    add_plugins(parser)
     return parser

@@ -18,10 +18,12 @@ from metric_kd.cli.fitting import fit, say
 from metric_kd.cli.making import make_task
 from metric_kd.cli.outcome import FILES, Outcome, Result, report_of, write_results, written_in
 from metric_kd.cli.parse import Parsed, read_words
+from metric_kd.cli.plugins import add_plugins
 from metric_kd.cli.session import Session, build
 from metric_kd.engine.checkpoint import write_text
 from metric_kd.engine.run_directory import RunDirectory
 from metric_kd.errors import UserError
+from metric_kd.plain import parse_json
 from metric_kd.report.comparison import table_text
 from metric_kd.report.words import duration
 
@@ -30,7 +32,7 @@ def main(arguments: Sequence[str], program: str | None = None) -> int:
     options = read_words(_parser(program), arguments)
     if int(os.environ.get("WORLD_SIZE", "1")) > 1:
         raise UserError("compare runs one network after the other in one process; start it without torchrun.")
-    comparison = read_comparison(Path(options.file))
+    comparison = read_comparison(Path(options.file), options.plugins)
     _check_folder(comparison)
     _rehearse(comparison, options.dry_run)
     if options.dry_run:
@@ -50,6 +52,7 @@ def _parser(program: str | None) -> Any:
     parser = ArgumentParser(prog=program, description=__doc__, allow_abbrev=False, exit_on_error=False)
     parser.add_argument("file", type=str, help="YAML file of the comparison, as examples/cifar_zoo.yaml")
     parser.add_argument("--dry_run", action="store_true", help="check everything, print rows and runs, run nothing")
+    add_plugins(parser)
     return parser
 
 
@@ -163,7 +166,7 @@ def _measure_control(comparison: Comparison, alone: Outcome, reference: Outcome)
 
 def _measured(comparison: Comparison) -> dict[str, Any]:
     file = comparison.save_dir / "plan.json"
-    return json.loads(file.read_text()) if file.is_file() else {}
+    return parse_json(file.read_text()) if file.is_file() else {}
 
 
 def _control_epochs(comparison: Comparison) -> int | None:

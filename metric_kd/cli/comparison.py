@@ -22,6 +22,7 @@
 import math
 import re
 import tempfile
+from collections.abc import Sequence
 from dataclasses import dataclass, fields, replace
 from pathlib import Path
 from typing import Any
@@ -33,9 +34,12 @@ from metric_kd.cli.goals import goal_of
 from metric_kd.cli.losses import losses_of
 from metric_kd.cli.parse import Parsed, parse
 from metric_kd.cli.session import checked
+from metric_kd.cli.trust import in_a_run
 from metric_kd.engine.optimisation import milestone
+from metric_kd.engine.run_plugins import check_named, plugins_of, unnamed
 from metric_kd.errors import UserError, one_of
 from metric_kd.losses.objective import Objective
+from metric_kd.plain import parse_yaml
 
 KEYS = ["save_dir", "seeds", "search_seeds", "common", "alone", "control_epochs", "methods"]
 METHOD_KEYS = ["loss", "weights", "mutual"]
@@ -136,10 +140,11 @@ def main_metric(config: RunConfig) -> tuple[str, str]:
     return next(iter(goal_of(config).keys(config).items()))
 
 
-def read_comparison(path: Path) -> Comparison:
+def read_comparison(path: Path, plugins: Sequence[str] = ()) -> Comparison:
     """The comparison that a file describes, every row's config checked as its own command would check it.
 
-    Raises ``UserError`` with the first thing that is wrong; reads no data.
+    plugins: those named on the command line, beside those of a file of the user's own. Raises ``UserError`` with the first
+    thing that is wrong; reads no data.
     """
     content = _content(path)
     save_dir = content.get("save_dir")
@@ -150,6 +155,7 @@ def read_comparison(path: Path) -> Comparison:
     common, methods = _common(content.get("common")), _methods(content.get("methods"))
     if common.get("teacher_load") is None and not all(method.get("mutual") for method in methods.values()):
         raise UserError("common names no teacher; give teacher_load: RUN_OR_FILE (run.py trains one).")
+    common = _with_plugins(path, common, plugins)
     alone = _row(ALONE, common, {"loss": content.get("alone")}, save_dir)
     epochs = content.get("control_epochs")
     if epochs is not None and (not isinstance(epochs, int) or epochs < alone.only.config.epochs):
@@ -165,7 +171,7 @@ def _content(path: Path) -> dict[str, Any]:
     if not path.is_file():
         raise UserError(f"{path} does not exist; give a YAML file, as examples/cifar_zoo.yaml.")
     try:
-        content = yaml.safe_load(path.read_text())
+        content = parse_yaml(path.read_text())
     except (yaml.YAMLError, UnicodeDecodeError) as error:
         raise UserError(f"{path} is no valid YAML ({str(error).splitlines()[0]}); mend it.") from error
     if not isinstance(content, dict):
@@ -174,6 +180,14 @@ def _content(path: Path) -> dict[str, Any]:
         if key not in KEYS:
             raise one_of(f"key in {path}:", str(key), KEYS)
     return content
+
+
+def _with_plugins(path: Path, common: dict[str, Any], named: Sequence[str]) -> dict[str, Any]:
+    """The user's plugins; a file in the folder of a run has none of its own."""
+    if in_a_run(path):
+        check_named(path.parent, common, named)
+        return {**common, "plugins": list(named)}
+    return {**common, "plugins": [*plugins_of(common), *unnamed(named, plugins_of(common))]}
 
 
 def _seeds(value: Any, key: str) -> list[int]:
@@ -271,13 +285,14 @@ def _checked(name: str, common: dict[str, Any], method: dict[str, Any], weight: 
 def _parsed(values: dict[str, Any]) -> Parsed:
     """As `metric-kd distill --preset NAME --config FILE` reads them."""
     values = dict(values)
-    preset = values.pop("preset", None)
+    preset, plugins = values.pop("preset", None), values.pop("plugins", [])
+    words = [f"--plugins={plugin}" for plugin in plugins] + ([] if preset is None else [f"--preset={preset}"])
     if "lr_decay_epochs" in values:  # else the shares of a preset would win over them
         values.setdefault("lr_decay_at", None)
     with tempfile.NamedTemporaryFile("w", suffix=".yaml") as file:
         yaml.safe_dump(values, file)
         file.flush()
-        return parse("distill", [*([] if preset is None else [f"--preset={preset}"]), f"--config={file.name}"])
+        return parse("distill", [*words, f"--config={file.name}"])
 
 
 def _filled(value: Any, weight: str) -> Any:

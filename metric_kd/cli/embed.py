@@ -10,6 +10,7 @@ import numpy as np
 
 from metric_kd.cli.beside import check_table
 from metric_kd.cli.parse import read_words
+from metric_kd.cli.plugins import add_plugins, load_plugins
 from metric_kd.data.decode import check_header
 from metric_kd.deploy.embedder import images_in, load
 from metric_kd.deploy.names import check_utf8, shown
@@ -21,6 +22,7 @@ from metric_kd.errors import UserError
 
 def main(arguments: Sequence[str], program: str | None = None) -> int:
     options = read_words(_parser(program), arguments)
+    load_plugins(options.plugins)
     out = Path(options.out)
     if out.suffix != ".npy" or out.is_dir():
         raise UserError(f"--out {out} must be a file that ends in .npy.")
@@ -84,4 +86,5 @@ def _parser(program: str | None) -> Any:
     parser.add_argument("--precision", type=Literal["fp32", "bf16", "fp16"], default="fp32", help="precision")
     parser.add_argument("--bridge", action="store_true", help="in the teacher's space, by the student's stored bridge")
     parser.add_argument("--skip_unreadable", action="store_true", help="count and skip images that cannot be read")
+    add_plugins(parser)
     return parser

@@ -12,6 +12,7 @@ from typing import Any, Literal
 
 from metric_kd.cli.embedding import embedded, teacher_beside
 from metric_kd.cli.parse import read_words
+from metric_kd.cli.plugins import add_plugins, load_plugins
 from metric_kd.cli.session import Session, build, measuring_of
 from metric_kd.cli.stored import find_network, run_of
 from metric_kd.engine.checkpoint import find_checkpoint, write_text
@@ -27,6 +28,7 @@ from metric_kd.report.evidence import evidence_text, merged_text
 
 def main(arguments: Sequence[str], program: str | None = None) -> int:
     options = read_words(_parser(program), arguments)
+    load_plugins(options.plugins)
     runs = list(options.runs)
     if len({find_checkpoint(run).resolve() for run in runs}) < len(runs):
         raise UserError("a run is named twice, which would make its figures look surer than they are; name each once.")
@@ -90,7 +92,7 @@ def _session(options: Any, run: str, config: dict[str, Any], program: str | None
             f"{run} has images without labels, and evidence counts hits by label; name a run on labelled images."
         )
     flags = {key: getattr(options, key) for key in ("batch", "device", "pack", "pack_jpeg")}
-    parsed = measuring_of(run, config, program, **flags)
+    parsed = measuring_of(run, config, program, options.plugins, **flags)
     if parsed.config.task == "classification":
         raise UserError(
             f"evidence is of embeddings, and {run} is a classifier; metric-kd analyse compares classifiers."
@@ -125,4 +127,5 @@ def _parser(program: str | None) -> Any:
     parser.add_argument("--pack", type=str | None, default=None, help="read the images from it, as run.py does")
     parser.add_argument("--pack_jpeg", type=int | None, default=None, help="quality of a --pack of JPEG images")
     parser.add_argument("--device", type=Literal["auto", "cpu", "cuda"], default="auto", help="where to compute")
+    add_plugins(parser)
     return parser

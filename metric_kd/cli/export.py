@@ -16,7 +16,7 @@ from metric_kd.cli.beside import check_export
 from metric_kd.cli.embedding import embedded
 from metric_kd.cli.goals import load_splits
 from metric_kd.cli.parse import read_words
-from metric_kd.cli.plugins import load_plugins
+from metric_kd.cli.plugins import add_plugins, load_plugins
 from metric_kd.cli.session import Session, build, measuring_of
 from metric_kd.cli.stored import run_of
 from metric_kd.data.records import ImageRecords
@@ -31,6 +31,7 @@ from metric_kd.deploy.names import shown
 from metric_kd.devices import choose_device
 from metric_kd.engine.checkpoint import find_checkpoint, read_checkpoint, restore_network, write_atomically, write_text
 from metric_kd.engine.run_directory import check_folder
+from metric_kd.engine.run_plugins import check_named
 from metric_kd.errors import UserError
 from metric_kd.models.network import Network
 
@@ -49,7 +50,8 @@ def main(arguments: Sequence[str], program: str | None = None) -> int:
     options = read_words(_parser(program), arguments)
     config = run_of(options.run).stored_config() or {}
     out = _checked(options)
-    load_plugins(config.get("plugins", []))
+    load_plugins(options.plugins)
+    check_named(options.run, config, options.plugins)
     network = restore_network(options.run, None, {}).to(choose_device(options.device)).eval().requires_grad_(False)
     graph = EmbeddingGraph(network, _bridge(options)).eval()
     session, reason = _session(options, config)
@@ -105,7 +107,7 @@ def _session(options: Any, config: dict[str, Any]) -> tuple[Session | None, str]
     if options.skip_recall and options.images is not None and (options.int8 != "static" or options.calibration):
         return None, "--skip_recall."
     try:
-        return build(measuring_of(options.run, config, device=options.device)), ""
+        return build(measuring_of(options.run, config, plugins=options.plugins, device=options.device)), ""
     except UserError as error:
         return None, str(error)
 
@@ -289,4 +291,5 @@ def _parser(program: str | None) -> Any:
     parser.add_argument("--count", type=int, default=100, help="images to check, and to calibrate, at most")
     parser.add_argument("--skip_recall", action="store_true", help="do not measure Recall@1 on the run's test images")
     parser.add_argument("--device", type=Literal["cpu", "cuda"], default="cpu", help="where a .pt2 file runs")
+    add_plugins(parser)
     return parser

@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 from metric_kd.cli.parse import read_words
+from metric_kd.cli.plugins import add_plugins, load_plugins
 from metric_kd.deploy.embedder import images_in
 from metric_kd.deploy.factory import EXAMPLES, parse_factory
 from metric_kd.deploy.indexing import Made, check_file, make_index
@@ -18,6 +19,7 @@ from metric_kd.errors import UserError
 
 def main(arguments: Sequence[str], program: str | None = None) -> int:
     options = read_words(_parser(program), arguments)
+    load_plugins(options.plugins)
     if options.batch < 1:
         raise UserError(f"--batch is {options.batch}; give 1 or more.")
     if options.factory != "auto":
@@ -81,4 +83,5 @@ def _parser(program: str | None) -> Any:
     parser.add_argument("--device", type=Literal["auto", "cpu", "cuda"], default="auto", help="where to compute")
     parser.add_argument("--precision", type=Literal["fp32", "bf16", "fp16"], default="fp32", help="precision")
     parser.add_argument("--skip_unreadable", action="store_true", help="count and skip images that cannot be read")
+    add_plugins(parser)
     return parser

@@ -12,7 +12,6 @@ from metric_kd.cli.config import DistillConfig, known_keys
 from metric_kd.cli.embedding import embedded
 from metric_kd.cli.goals import goal_of
 from metric_kd.cli.networks import teacher_of
-from metric_kd.cli.plugins import load_plugins
 from metric_kd.cli.reported import Finished, accuracies, further_metrics, recipe_of
 from metric_kd.cli.session import Session, build, measuring_of
 from metric_kd.data.records import ImageRecords
@@ -62,7 +61,6 @@ class Measuring:
     def add_all(self, runs: list[Finished]) -> list[TestSet]:
         self.given = {run.file: run.tested_on for run in runs}
         for run in runs:
-            load_plugins(run.config.get("plugins", []))
             (self._classifier if run.classifies else self._embedding)(run)
         tests = [gathered.whole() for gathered in self.found.values()]
         names = [test.name for test in tests]

@@ -7,7 +7,7 @@ from typing import Any
 
 from metric_kd.cli.config import RunConfig
 from metric_kd.cli.parse import read_words
-from metric_kd.cli.plugins import load_plugins
+from metric_kd.cli.plugins import add_plugins, load_plugins
 from metric_kd.cli.unlabelled import is_unlabelled
 from metric_kd.data import DATASETS, load_dataset
 from metric_kd.data.decode import THREADS
@@ -148,5 +148,5 @@ def _parser(program: str | None) -> Any:
     )
     parser.add_argument("--workers", type=int, default=THREADS, help="threads that decode")
     parser.add_argument("--skip_unreadable", action="store_true", help="count and skip images that cannot be read")
-    parser.add_argument("--plugins", type=str, action="append", default=[], help="as of run.py; repeatable")
+    add_plugins(parser)
     return parser

@@ -11,7 +11,10 @@ from typing import Any, NamedTuple
 import yaml
 
 from metric_kd.cli.config import COMMANDS, NETWORK_FIELDS, RunConfig, known_keys
+from metric_kd.cli.trust import in_a_run
+from metric_kd.engine.run_plugins import check_named
 from metric_kd.errors import UserError, one_of
+from metric_kd.plain import parse_yaml
 
 
 class Parsed(NamedTuple):
@@ -40,10 +43,14 @@ def parse(command: str, arguments: Sequence[str], program: str | None = None) ->
     tokens = _explicit_booleans(command, [underscored(token) for token in arguments])
     _check_flags(command, tokens)
     files: list[dict[str, Any]] = [_preset(command, name) for name in _values_of(tokens, "--preset")]
+    read: list[tuple[str, dict[str, Any]]] = []
     for path in _values_of(tokens, "--config"):
         if not Path(path).is_file():
             raise UserError(f"--config {path} does not exist; check the path.")
-        files.append(_from_yaml(command, Path(path).read_text(), path))
+        content = _from_yaml(command, read_text(path), path)
+        if "plugins" in content and in_a_run(path):  # it is read, whoever passes it
+            read.append((path, {"plugins": content.pop("plugins")}))
+        files.append(content)
     from_files = _layered(files)
     task = [from_files.get("task"), *_values_of(tokens, "--task")][-1]
     recipe = {"granularity": None, "probe": "probe"}.get(command, "zoo" if task == "classification" else None)
@@ -54,6 +61,8 @@ def parse(command: str, arguments: Sequence[str], program: str | None = None) ->
     values = {key: value for key, value in values.items() if key not in flags}
     namespace = read_words(_parser(command, program), [*_as_flags(command, values), *tokens])
     config = COMMANDS[command](**{key: getattr(namespace, key) for key in known_keys(command)})
+    for path, content in read:
+        check_named(Path(path).parent, content, config.plugins)
     said = flags | set(from_files)
     if "lr_decay_epochs" in said and "lr_decay_at" not in said:  # it replaces the command's own shares as well
         config = dataclasses.replace(config, lr_decay_at=None)
@@ -124,7 +133,7 @@ def _values_of(tokens: Sequence[str], name: str) -> list[str]:
 
 def _from_yaml(command: str, text: str, where: str) -> dict[str, Any]:
     try:
-        content = yaml.safe_load(text) or {}
+        content = parse_yaml(text) or {}
     except yaml.YAMLError as error:
         raise UserError(f"{where} is no valid YAML ({str(error).splitlines()[0]}); mend it.") from error
     if not isinstance(content, dict):
@@ -153,8 +162,23 @@ def _as_flags(command: str, values: dict[str, Any]) -> list[str]:
             entries = value if isinstance(value, list) else [value]
             tokens += [f"--{key}={_loss_text(entry) if key == 'loss' else _text(entry)}" for entry in entries]
         else:
-            tokens += [f"--{key}", *(_text(entry) for entry in (value if isinstance(value, list) else [value]))]
+            entries = [_text(entry) for entry in (value if isinstance(value, list) else [value])]
+            for entry in entries:
+                if re.match(r"-+[A-Za-z_]|--", entry):  # it would be a flag of its own
+                    raise UserError(
+                        f"{key} holds {entry!r}, which looks like a flag; write the flag as a key of its own."
+                    )
+            tokens += [f"--{key}", *entries]
     return tokens
+
+
+def read_text(path: "str | Path") -> str:
+    """The text of a YAML file. Raises ``UserError`` where it is none."""
+    try:
+        return Path(path).read_text(encoding="utf-8")
+    except (OSError, UnicodeDecodeError) as error:
+        reason = error.strerror if isinstance(error, OSError) else "it is not UTF-8"
+        raise UserError(f"{path} cannot be read ({reason}); give a YAML file.") from error
 
 
 REPEATED = ("loss", "plugins", "mutual", "lr_for", "also_eval")

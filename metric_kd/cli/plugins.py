@@ -5,10 +5,22 @@ import importlib.util
 import sys
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 from metric_kd.errors import UserError
 
 _LOADED: set[str] = set()
+
+
+def add_plugins(parser: Any) -> None:
+    """The flag, for a command that opens runs: they may not import anything themselves."""
+    parser.add_argument(
+        "--plugins",
+        type=str,
+        action="append",
+        default=[],
+        help="Python file or module to import, repeatable, as of run.py",
+    )
 
 
 def load_plugins(plugins: Sequence[str]) -> None:

@@ -15,6 +15,7 @@ import torch
 
 from metric_kd.cli.config import QuantifyConfig
 from metric_kd.cli.parse import parse
+from metric_kd.cli.plugins import load_plugins
 from metric_kd.cli.subjects import Examined, Images, images_of, networks_of
 from metric_kd.devices import choose_device
 from metric_kd.engine.checkpoint import restore_network, write_text
@@ -39,6 +40,7 @@ MAPS, METRICS, PAGE = "maps.h5", "metrics.json", "quantify.html"
 def main(arguments: Sequence[str], program: str | None = None) -> int:
     config: Any = parse("quantify", arguments, program).config
     assert isinstance(config, QuantifyConfig)
+    load_plugins(config.plugins)
     search = _search(config)
     out = Path(config.out or _default_out(config))
     check_folder(out, "--out")
@@ -108,7 +110,7 @@ def _parts(networks: Sequence[Examined], images: Images) -> dict[str, Any]:
 def _default_out(config: QuantifyConfig) -> str:
     """runs/quantify-<hash of the flags>, without those that only decide how the maps are summed up."""
     summing = {"masks", "threshold", "background", "distance", "empty", "pictures", "epochs", "batch"}
-    summing |= {"device", "out", "resume", "dry_run"}
+    summing |= {"device", "out", "resume", "dry_run", "plugins"}
     content = {key: value for key, value in asdict(config).items() if key not in summing}
     return f"runs/quantify-{hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()[:8]}"
 

@@ -50,6 +50,7 @@ class QuantifyConfig:
     skip_unreadable: bool = flag(False, "leave out images that cannot be read")
     seed: int = flag(0, "seed of the choice of images and of the noise")
     device: Literal["auto", "cpu", "cuda"] = flag("auto", "where to compute")
+    plugins: list[str] = flag([], "Python files or modules that the runs were made with, to import")
     out: str | None = flag(None, "folder of the results; default runs/quantify-<hash of the flags>")
     resume: Literal["auto", "never"] = flag("auto", "go on with the maps in --out, or start over")
     dry_run: bool = flag(False, "check everything, print what would be done")

@@ -15,6 +15,7 @@ import metric_kd
 from metric_kd.cli.beside import check_page
 from metric_kd.cli.measuring import Measuring
 from metric_kd.cli.parse import read_words
+from metric_kd.cli.plugins import add_plugins, load_plugins
 from metric_kd.cli.reported import Finished, finished, names_of
 from metric_kd.devices import check_device, choose_device
 from metric_kd.engine.checkpoint import find_checkpoint
@@ -29,6 +30,7 @@ PAGE = "report.html"
 def main(arguments: Sequence[str], program: str | None = None) -> int:
     options = read_words(_parser(program), arguments)
     out = _checked(options)
+    load_plugins(options.plugins)
     runs = [finished(path) for path in options.runs]
     titles = _titles(runs)
     measuring = Measuring(titles, options.device)
@@ -137,4 +139,5 @@ def _parser(program: str | None) -> Any:
         help="map of embeddings; tsne needs scikit-learn, umap needs umap-learn, and both come beside PCA",
     )
     parser.add_argument("--device", type=Literal["auto", "cpu", "cuda"], default="auto", help="where to compute")
+    add_plugins(parser)
     return parser

@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 from metric_kd.cli.parse import read_words
+from metric_kd.cli.plugins import add_plugins, load_plugins
 from metric_kd.data.decode import decode
 from metric_kd.deploy.names import shown
 from metric_kd.deploy.searcher import Hit, Searcher, check_k
@@ -16,6 +17,7 @@ from metric_kd.errors import UserError
 
 def main(arguments: Sequence[str], program: str | None = None) -> int:
     options = read_words(_parser(program), arguments)
+    load_plugins(options.plugins)
     check_device(options.device)
     if not (options.query or options.measure):
         raise UserError("there is nothing to search for; give --query IMAGE, or --measure.")
@@ -116,4 +118,5 @@ def _parser(program: str | None) -> Any:
         "--measure", action="store_true", help="what the index loses against exact search, and its cost"
     )
     parser.add_argument("--device", type=Literal["auto", "cpu", "cuda"], default="auto", help="where to compute")
+    add_plugins(parser)
     return parser

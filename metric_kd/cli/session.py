@@ -1,6 +1,6 @@
 """From a config to the things that run: data, networks, objective, trainer. Every command is built here."""
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
 
@@ -37,8 +37,9 @@ from metric_kd.data.transforms import Geometry
 from metric_kd.devices import choose_device, has_bf16, resolve_precision
 from metric_kd.distill.granularity import CodedTeacher, Coders
 from metric_kd.engine.reproducibility import deterministic_algorithms
+from metric_kd.engine.run_plugins import check_named, explained
 from metric_kd.engine.stored_teacher import StoredTeacher
-from metric_kd.errors import UserError
+from metric_kd.errors import UnknownName, UserError
 from metric_kd.evaluation.classification import default_top
 from metric_kd.losses.objective import LossSpec, Objective, require_provided
 from metric_kd.models import check_base
@@ -102,6 +103,11 @@ def checked(parsed: Parsed) -> Parsed:
     input sizes, the precision. Raises ``UserError`` with the first thing that is wrong with it.
     """
     load_plugins(parsed.config.plugins)
+    with explained(parsed.config.load, getattr(parsed.config, "teacher_load", None)):
+        return _checked(parsed)
+
+
+def _checked(parsed: Parsed) -> Parsed:
     config = with_checkpoints(_with_goal(fold(parsed.config), parsed.given), parsed.given)
     if is_unlabelled(config) and "dataset" not in parsed.given:
         config = replace(config, dataset="folder")
@@ -110,7 +116,7 @@ def checked(parsed: Parsed) -> Parsed:
     config = with_rate(config)
     sentences = validate(config)
     if sentences:
-        raise UserError(sentences[0])
+        raise (UnknownName if sentences[0].startswith("unknown ") else UserError)(sentences[0])
     precision: Any = resolve_precision(config.precision, choose_device(config.device))
     config = replace(config, precision=precision)
     config = replace(config, input_size=check_base(config.base, config.input_size))
@@ -133,15 +139,25 @@ def _with_goal(config: RunConfig, given: frozenset[str]) -> RunConfig:
     return replace(config, **{key: value for key, value in plain.items() if key not in given})
 
 
-def measuring_of(run: str, stored: Mapping[str, Any], program: str | None = None, **flags: Any) -> Parsed:
+def measuring_of(
+    run: str,
+    stored: Mapping[str, Any],
+    program: str | None = None,
+    plugins: Sequence[str] | None = None,
+    **flags: Any,
+) -> Parsed:
     """What it takes to measure a run on its own test images, as :func:`build` wants it.
 
-    stored: the run's config, whose plugins and whose word on unreadable images count. flags: others; None is not given.
+    stored: the run's config, whose word on unreadable images counts. plugins: those that the user has named, which must be
+    all that the run was made with; None where only those are asked for without which it cannot be opened. flags: others;
+    None is not given.
     """
-    words = ["--mode", "eval", "--load", run]
+    if plugins is not None:
+        check_named(run, stored, plugins)
+    words = ["--mode", "eval", f"--load={run}"]
     words += [f"--{key}={value}" for key, value in flags.items() if value is not None]
     words += ["--skip_unreadable"] if stored.get("skip_unreadable") else []
-    words += [f"--plugins={plugin}" for plugin in stored.get("plugins", [])]
+    words += [f"--plugins={plugin}" for plugin in plugins or ()]
     return checked(parse("train", words, program))
 
 

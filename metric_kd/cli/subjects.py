@@ -10,7 +10,6 @@ from torch import Tensor
 from metric_kd.cli.config import QuantifyConfig
 from metric_kd.cli.goals import load_splits
 from metric_kd.cli.parse import parse
-from metric_kd.cli.plugins import load_plugins
 from metric_kd.cli.session import checked
 from metric_kd.cli.stored import run_of
 from metric_kd.data.decode import decode
@@ -19,6 +18,7 @@ from metric_kd.data.records import ImageRecords
 from metric_kd.data.transforms import Geometry
 from metric_kd.deploy.embedder import images_in
 from metric_kd.engine.checkpoint import find_checkpoint, restore_network
+from metric_kd.engine.run_plugins import check_named
 from metric_kd.engine.weight_record import Distances, checkpoints_of, read_distances
 from metric_kd.errors import UserError
 from metric_kd.models.layers import find_layer, weight_of
@@ -71,7 +71,7 @@ def networks_of(config: QuantifyConfig, notes: list[str]) -> list[Examined]:
 
 def _examined(config: QuantifyConfig, name: str, path: str, notes: list[str]) -> Examined:
     run = run_of(path)
-    load_plugins((run.stored_config() or {}).get("plugins", []))
+    check_named(path, run.stored_config() or {}, config.plugins)
     recorded = {} if name == "teacher" or not Path(path).is_dir() else checkpoints_of(run.weights)
     if config.epochs is not None and recorded:
         recorded = _asked(recorded, config.epochs, name)

@@ -10,7 +10,6 @@ Layout (format "metric_kd pack 1"), every data set contiguous and uncompressed:
     attributes: format, dataset, side, resize, quality (0: pixels), versions (JSON), key (digest of all of this)
 """
 
-import json
 import os
 from collections.abc import Sequence
 from functools import lru_cache
@@ -24,6 +23,7 @@ import torch
 from metric_kd.data import decode
 from metric_kd.data.transforms import resize
 from metric_kd.errors import UserError
+from metric_kd.plain import opened_hdf5, parse_json
 
 FORMAT = "metric_kd pack 1"
 RESIZE = "antialiased bilinear, aspect not kept"
@@ -95,16 +95,13 @@ class Pack:
         self._pixels: np.ndarray | None = None
 
     def _read(self) -> None:
-        import h5py
-
-        # Without a lock: a pack never changes once it has its name, and locks fail on many network file systems.
-        with h5py.File(self.file, "r", locking=False) as content:
+        with opened_hdf5(self.file) as content:
             about = content.attrs
             if about.get("format") != FORMAT:
                 raise NoPack(f"{self.file} is no pack of format {FORMAT!r}; give another file, or move this one away.")
             self.dataset, self.side, self.key = str(about["dataset"]), int(about["side"]), str(about["key"])
             self.quality: int | None = int(about["quality"]) or None
-            self.versions: dict[str, str] = json.loads(about["versions"])
+            self.versions: dict[str, str] = parse_json(about["versions"])
             self.names: list[str] = [os.fsdecode(name) for name in content["paths"][()]]
             self.sizes, self.modified = content["sizes"][()], content["modified"][()]
             self.readable: np.ndarray = content["readable"][()].astype(bool)

@@ -16,6 +16,7 @@ from metric_kd import scratch
 from metric_kd.data.pack import FORMAT, RESIZE, decode_resized, versions
 from metric_kd.durable import pwrite_all, sync_folder, umask
 from metric_kd.errors import UserError
+from metric_kd.plain import opened_hdf5, parse_json
 
 BLOCK = 128
 """Images that are decoded and written before the progress is: no more than these is lost by a kill."""
@@ -150,20 +151,16 @@ class Part:
 
     @staticmethod
     def _offsets(path: Path) -> dict[str, int]:
-        import h5py
-
-        with h5py.File(path, "r", locking=False) as content:
+        with opened_hdf5(path) as content:
             held = ("written", "readable", "images", "ends", "jpeg")
             return {name: content[name].id.get_offset() or 0 for name in held if name in content}
 
     def _open(self) -> bool:
         """Whether ``file.part`` is there and of these files, side and versions; reads how far it is."""
-        import h5py
-
         try:
-            with h5py.File(self.path, "r", locking=False) as content:
+            with opened_hdf5(self.path) as content:
                 same = content.attrs["key"] == self.source.key(self.side, self.quality)
-                if not same or json.loads(content.attrs["versions"]) != versions():
+                if not same or parse_json(content.attrs["versions"]) != versions():
                     return False
                 self.written = int(content["written"][0])
                 self.ends: np.ndarray | None = content["ends"][()] if self.quality is not None else None

@@ -102,7 +102,7 @@ def read_vectors(file: "str | Path") -> Vectors:
 def _values(file: Path) -> np.ndarray:
     try:
         # Copy-on-write: read-only in effect, and torch does not warn.
-        values: np.ndarray = np.load(file, mmap_mode="c")
+        values: np.ndarray = np.load(file, mmap_mode="c", allow_pickle=False)
     except FileNotFoundError as error:
         raise UserError(f"{file} does not exist; check the path.") from error
     except (OSError, ValueError) as error:

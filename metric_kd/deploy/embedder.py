@@ -14,6 +14,7 @@ from metric_kd.data.transforms import Geometry, resize
 from metric_kd.deploy.bridge import Bridge, bridge_from
 from metric_kd.devices import autocast
 from metric_kd.engine.checkpoint import find_checkpoint, read_checkpoint
+from metric_kd.engine.run_plugins import explained
 from metric_kd.errors import UserError
 from metric_kd.models.network import Network, NetworkSpec, build_network, load_weights
 
@@ -136,7 +137,8 @@ def load(
             f"{find_checkpoint(run_or_checkpoint)} is a plain state dict, which does not say what network it belongs to; "
             "evaluate it with run.py --mode eval and its flags, or build_network and load_weights."
         )
-    network = build_network(NetworkSpec.from_dict(content["network"]))
+    with explained(run_or_checkpoint):
+        network = build_network(NetworkSpec.from_dict(content["network"]))
     load_weights(network, content["model"], strict=True)
     if bridge and "bridge" not in content:
         raise no_bridge(run_or_checkpoint)

@@ -2,7 +2,6 @@
 
 import hashlib
 import io
-import json
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -14,8 +13,10 @@ from tqdm import tqdm
 
 from metric_kd.deploy.embedder import pixels_of, several
 from metric_kd.deploy.export import EXTRA, FORMATS, INPUT, METADATA, quiet
+from metric_kd.deploy.program import check_program
 from metric_kd.errors import UserError
 from metric_kd.models.weight_file import SEAL_FOLLOWS, is_sealed, read_checked
+from metric_kd.plain import parse_json
 
 AT_ONCE = 1 << 24
 """Pixels that are decoded, or run, together at most (192 MiB as float32): photos are not all small."""
@@ -146,9 +147,12 @@ def _onnx(path: Path, content: bytes) -> tuple[Run, dict[str, str]]:
 def _pt2(path: Path, content: bytes) -> tuple[Run, dict[str, str]]:
     extra = {METADATA: ""}
     try:
+        check_program(path, content)
         with quiet():
             program = torch.export.load(io.BytesIO(content), extra_files=extra)
-        metadata = json.loads(extra[METADATA] or "{}")
+        metadata = parse_json(extra[METADATA] or "{}")
+    except UserError:
+        raise
     except Exception as error:  # a damaged file raises what its bytes lead to
         raise _damaged(path) from error
     module = program.module()

@@ -29,6 +29,7 @@ from metric_kd.deploy.vector_index import Approximate, Flat, VectorIndex, check_
 from metric_kd.engine.checkpoint import write_atomically
 from metric_kd.errors import UserError
 from metric_kd.evaluation.search import load_faiss
+from metric_kd.plain import parse_json
 
 FORMAT = "metric_kd index 2"
 
@@ -137,7 +138,7 @@ def read_index(path: "str | Path") -> IndexFile:
         raise UserError(f"the index {path} does not exist; make it with metric-kd index, or check the path.")
     try:
         with zipfile.ZipFile(path) as archive:
-            manifest = json.loads(archive.read("manifest.json"))
+            manifest = parse_json(archive.read("manifest.json"))
             if manifest["format"] != FORMAT:
                 raise NoIndex(
                     f"{path} has format {manifest['format']!r}, this version reads {FORMAT!r}; make it again."

@@ -14,6 +14,7 @@ from metric_kd.deploy.model import Model
 from metric_kd.durable import pwrite_all
 from metric_kd.engine.checkpoint import write_atomically
 from metric_kd.errors import UserError
+from metric_kd.plain import parse_json
 
 MAGIC = b"metric_kd part 1"
 BLOCK = 256
@@ -157,7 +158,7 @@ def _head(path: Path) -> tuple[int, int, dict]:
         if file.read(len(MAGIC)) != MAGIC:
             raise ValueError("no part")
         written, length = (int(n) for n in np.frombuffer(file.read(16), "<i8"))
-        header = json.loads(file.read(length))
+        header = parse_json(file.read(length))
         end = file.tell()
     return written, end + -end % _PAGE, header
 

@@ -15,6 +15,7 @@ import numpy as np
 from metric_kd import scratch
 from metric_kd.durable import sync_folder, umask
 from metric_kd.errors import UserError
+from metric_kd.plain import opened_hdf5
 
 FORMAT = "metric_kd teacher cache 1"
 SAVE_SECONDS = 5.0
@@ -100,10 +101,8 @@ class Part:
 
     def _open(self, manifest: Mapping[str, str | int]) -> bool:
         """Whether a part with this manifest and these shapes is there; reads how far it is."""
-        import h5py
-
         try:
-            with h5py.File(self.path, "r", locking=False) as content:
+            with opened_hdf5(self.path) as content:
                 decides = {*manifest} - {"made_by"}
                 same = all(content.attrs[key] == manifest[key] for key in decides)
                 same = same and np.array_equal(content["lengths"][()], self.lengths)
@@ -164,10 +163,8 @@ class Content(NamedTuple):
 
 def read_cache(file: Path) -> Content:
     """Raises ``UserError`` for other, damaged and half-written files. No handle of the HDF5 library stays open."""
-    import h5py
-
     try:
-        with h5py.File(file, "r", locking=False) as content:
+        with opened_hdf5(file) as content:
             held = {key: value if isinstance(value, str) else int(value) for key, value in content.attrs.items()}
             found: dict[str, Any] = {}
             content.visititems(lambda name, item: found.update({name: item}) if getattr(item, "ndim", 0) == 3 else None)

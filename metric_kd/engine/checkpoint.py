@@ -10,6 +10,7 @@ import torch
 
 from metric_kd import scratch
 from metric_kd.durable import sync_folder, umask
+from metric_kd.engine.run_plugins import explained
 from metric_kd.errors import UserError
 from metric_kd.models.network import Network, NetworkSpec, build_network, load_weights
 from metric_kd.models.weight_file import read_tensors, seal_archive
@@ -131,7 +132,8 @@ def restore_network(
         spec = NetworkSpec.from_dict(content["network"])
         describe_mismatch(spec, given, role)
     assert spec is not None
-    network = build_network(spec)
+    with explained(path):
+        network = build_network(spec)
     try:
         load_weights(network, content["model"], strict=True)
     except UserError as error:

@@ -1,6 +1,5 @@
 """Folders without a manifest (:mod:`metric_kd.engine.written`): what in them we wrote, as their content shows."""
 
-import json
 from pathlib import Path
 from typing import Any
 
@@ -8,6 +7,7 @@ import yaml
 
 from metric_kd.engine.checkpoint import FORMAT, read_checkpoint
 from metric_kd.errors import UserError
+from metric_kd.plain import parse_json, parse_yaml
 from metric_kd.scratch import is_plain
 
 KEYS = frozenset({"dataset", "data", "epochs", "batch", "seed"})
@@ -50,16 +50,16 @@ def is_output(file: Path) -> bool:
 def read_object(file: Path) -> dict[str, Any]:
     """The object in a JSON file; an empty one where there is none."""
     try:
-        content = json.loads(file.read_bytes()) if is_plain(file) else {}
-    except (OSError, ValueError, RecursionError):
+        content = parse_json(file.read_bytes()) if is_plain(file) else {}
+    except (OSError, ValueError):
         return {}
     return content if isinstance(content, dict) else {}
 
 
 def _config(file: Path) -> dict[str, Any] | None:
     try:
-        content = yaml.safe_load(file.read_text()) if is_plain(file) else None
-    except (OSError, ValueError, yaml.YAMLError, RecursionError):
+        content = parse_yaml(file.read_text()) if is_plain(file) else None
+    except (OSError, ValueError, yaml.YAMLError):
         return None
     return content if isinstance(content, dict) and content.keys() >= KEYS else None
 

@@ -15,6 +15,7 @@ from metric_kd.engine.older_run import is_output, names_in
 from metric_kd.engine.written import MANIFEST, Written
 from metric_kd.errors import UserError
 from metric_kd.locks import alone
+from metric_kd.plain import TooMuch, parse_json, parse_yaml
 from metric_kd.scratch import is_plain, is_scratch, open_plain
 
 RESUMABLE_KEYS = frozenset(
@@ -171,7 +172,9 @@ class RunDirectory:
         if not self.config.is_file() or not self.started():
             return None
         try:
-            content = yaml.safe_load(self.config.read_text())
+            content = parse_yaml(self.config.read_text())
+        except TooMuch as error:
+            raise UserError(f"{self.config} is no config of a run ({error}); copy it again.") from error
         except yaml.YAMLError:
             return None  # last.pth holds the config as well
         return content if isinstance(content, dict) else None
@@ -242,7 +245,7 @@ class RunDirectory:
 
     def card_content(self) -> dict[str, Any]:
         try:
-            content = json.loads(self.card.read_text())
+            content = parse_json(self.card.read_text())
         except json.JSONDecodeError:
             return {}
         return content if isinstance(content, dict) else {}
@@ -260,7 +263,7 @@ class RunDirectory:
         if self.metrics.is_file():
             for line in self.metrics.read_text().splitlines():
                 try:
-                    records.append(json.loads(line))
+                    records.append(parse_json(line))
                 except json.JSONDecodeError:
                     break
         return records

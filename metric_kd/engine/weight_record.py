@@ -14,6 +14,7 @@ from metric_kd.engine.checkpoint import write_checkpoint, write_text
 from metric_kd.engine.logging import Observer
 from metric_kd.engine.written import Written
 from metric_kd.errors import UserError
+from metric_kd.plain import parse_json
 
 PAPER_EPOCHS = (0, 2, 5, 10, 15, 20, 25, 30, 40, 50, 70, 90, 110, 130, 150)
 LATER_EPOCHS = (170, 190, 240, 280, 320, 360, 400)
@@ -161,7 +162,7 @@ def read_distances(folder: Path) -> dict[str, Distances]:
     """Weight -> its distances. Raises ``UserError`` where there is no record, or a damaged one."""
     file = folder / "distances.json"
     try:
-        content = json.loads(file.read_text())
+        content = parse_json(file.read_text())
         return {name: Distances(**entry) for name, entry in content.items()}
     except FileNotFoundError:
         raise UserError(f"{folder} holds no record of weights; train that run with --record_weights paper.") from None

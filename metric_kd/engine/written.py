@@ -7,6 +7,7 @@ from pathlib import Path, PurePosixPath
 
 from metric_kd.engine.checkpoint import write_text
 from metric_kd.errors import UserError
+from metric_kd.plain import parse_json
 from metric_kd.scratch import is_plain, sweep_beside
 
 MANIFEST = ".metric_kd.json"
@@ -38,7 +39,7 @@ class Written:
             self._names = set(self.older())
             return
         try:
-            content = json.loads(self.manifest.read_text()) if is_plain(self.manifest) else {}
+            content = parse_json(self.manifest.read_text()) if is_plain(self.manifest) else {}
             names = content["written"] if content["format"] == FORMAT else None
             if not isinstance(names, list) or not all(map(_is_below, names)):
                 raise ValueError

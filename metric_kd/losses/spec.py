@@ -9,6 +9,7 @@ import yaml
 
 from metric_kd.errors import UserError, one_of
 from metric_kd.losses.term import TERMS
+from metric_kd.plain import parse_yaml
 
 
 class LossSpec(NamedTuple):
@@ -62,7 +63,7 @@ def parse_loss(spec: "str | dict[str, Any]") -> LossSpec:
 def _value(text: str) -> Any:
     """The value that a text spells: null, true, a number (1e-3 too, which YAML 1.1 takes for text), or the text itself."""
     try:
-        value = yaml.safe_load(text)
+        value = parse_yaml(text)
     except yaml.YAMLError:
         return text
     if isinstance(value, str):

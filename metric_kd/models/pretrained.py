@@ -18,6 +18,7 @@ from metric_kd.models.fully_connected import ADDED, UNDERLYING
 from metric_kd.models.names import parse_base
 from metric_kd.models.network import Network, compare_state
 from metric_kd.models.weight_file import read_tensors
+from metric_kd.plain import opened_hdf5
 
 
 class Published(NamedTuple):
@@ -175,7 +176,7 @@ def _read_h5(path: Path) -> dict[str, Tensor]:
             state[names[-1]] = torch.from_numpy(item[()])
 
     try:
-        with h5py.File(path, "r") as file:
+        with opened_hdf5(path) as file:
             file.visititems(visit)
     except (OSError, RuntimeError, LookupError, ValueError, TypeError) as error:  # by where it is damaged
         raise UserError(f"{path} cannot be read as HDF5 ({error}); get it again, or pass another file.") from None

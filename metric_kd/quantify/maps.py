@@ -19,6 +19,7 @@ from metric_kd.engine.checkpoint import write_atomically
 from metric_kd.errors import UserError
 from metric_kd.models.layers import reading
 from metric_kd.models.network import Network
+from metric_kd.plain import opened_hdf5, parse_json
 from metric_kd.quantify.discarding import information_discarding, noisy_per_call
 from metric_kd.quantify.search import Search
 from metric_kd.scratch import is_plain
@@ -79,11 +80,9 @@ class MapStore:
             self._load()
 
     def _load(self) -> None:
-        import h5py
-
         try:
-            with h5py.File(self.path, "r") as file:
-                old, parts = (json.loads(file.attrs[name]) for name in ("settings", "parts"))
+            with opened_hdf5(self.path) as file:
+                old, parts = (parse_json(file.attrs[name]) for name in ("settings", "parts"))
                 for name, group in file.items():
                     for epoch, entry in group.items():
                         key = (name, int(epoch))
