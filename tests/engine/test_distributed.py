@@ -11,10 +11,10 @@ import shutil
 import socket
 import subprocess
 import sys
-from multiprocessing import set_forkserver_preload
 
 import numpy as np
 import pytest
+import template
 import torch
 import torch.distributed as dist
 from tiny import ROOT, TINY, succeeds, write_images
@@ -332,7 +332,7 @@ def left(tmp_path_factory):
             shutil.rmtree(folder, ignore_errors=True)
             data = write_images(folder / "images", classes=8, per_class=8)
             (folder / "plain.py").write_text(PLUGIN)
-            set_forkserver_preload(["torch._dynamo", "metric_kd.cli.train", "pytorch_metric_learning.losses"])
+            template.ready()
             for world in (1, 2, 4):
                 start_processes(work, (world, free_port(), folder, data), nprocs=world, start_method="forkserver")
             (folder / "done").touch()
