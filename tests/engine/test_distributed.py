@@ -17,7 +17,7 @@ import pytest
 import template
 import torch
 import torch.distributed as dist
-from tiny import ROOT, TINY, succeeds, write_images
+from tiny import ROOT, TINY, write_images
 from torch import nn
 from torch.multiprocessing import start_processes
 
@@ -420,7 +420,8 @@ def test_the_threads_of_a_group_end_with_it_although_a_cycle_holds_it():
         "distributed.stop()\n"
         "assert not any('gloo' in name for name in threads()), threads()\n"
     )
-    succeeds(code)
+    done = template.completed(template.Forked(template.code, code, cwd=ROOT))
+    assert done.returncode == 0, done.stderr
 
 
 def test_one_process_is_left_alone():
