@@ -9,6 +9,20 @@ import template
 import torch
 from tiny import TINY, write_images
 
+LONG = [
+    "docs/test_docs.py", "cli/test_export_command.py", "engine/test_stages.py", "deploy/test_export.py",
+    "engine/test_resume.py", "engine/test_precision.py", "distill/test_any_pair.py", "engine/test_distributed.py",
+    "cli/test_compare.py", "test_benchmarks.py", "docs/test_readme.py", "engine/test_teacher_cache.py",
+]  # fmt: skip
+"""The files that take longest. They come first, so that no worker is left alone with one at the end."""
+
+
+@pytest.hookimpl(trylast=True)
+def pytest_collection_modifyitems(items):
+    here = Path(__file__).parent
+    place = {here / name: number for number, name in enumerate(LONG)}
+    items.sort(key=lambda item: place.get(item.path, len(LONG)))
+
 
 @pytest.fixture(autouse=True)
 def one_thread():
