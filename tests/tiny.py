@@ -1,15 +1,16 @@
 """Small data and small runs that many tests share."""
 
-import os
+import socket
 import subprocess
 import sys
 from pathlib import Path
 
 import numpy as np
+import template
+from template import THREADS as THREADS
+from template import Forked
 
 ROOT = Path(__file__).resolve().parent.parent
-THREADS = os.environ.get("METRIC_KD_TEST_THREADS", "1")
-"""Of PyTorch, in tests and in the processes that they start; tests/machines.py runs them on more."""
 
 
 def write_images(folder: Path, classes: int, per_class: int, size: int = 32, seed: int = 0) -> Path:
@@ -33,31 +34,32 @@ TINY = [
 """Flags of a run that takes a second."""
 
 
-def command(script: str, *flags: object, cwd: Path = ROOT) -> subprocess.CompletedProcess:
+def command(name: str, *flags: object, cwd: Path = ROOT) -> subprocess.CompletedProcess:
     """Run one of the top-level scripts in its own process."""
-    return subprocess.run(
-        [sys.executable, str(ROOT / script), *map(str, flags)],
-        capture_output=True,
-        text=True,
-        cwd=cwd,
-        env={**os.environ, "OMP_NUM_THREADS": THREADS},
-        timeout=200,
-    )
+    return template.completed(Forked(template.script, str(ROOT / name), *map(str, flags), cwd=cwd))
 
 
 def succeeds(code: str) -> None:
-    """Run Python code in a process of its own, which must end well."""
+    """Run Python code in a fresh interpreter, which must end well."""
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
 
 
-def start(arguments: list[str]) -> subprocess.Popen:
-    """run.py in a process of its own, which a test may kill; what it says comes through ``stdout``."""
-    environment = {**os.environ, "OMP_NUM_THREADS": THREADS}
-    return subprocess.Popen(
-        [sys.executable, "run.py", *arguments],
-        cwd=ROOT,
-        env=environment,
-        stdout=subprocess.PIPE,
-        stderr=subprocess.STDOUT,
-    )
+def start(arguments: list[str]) -> Forked:
+    """run.py in a process of its own, which a test may kill; ``communicate`` gives what it says."""
+    return Forked(template.script, str(ROOT / "run.py"), *arguments, cwd=ROOT, merged=True)
+
+
+def free_port() -> int:
+    with socket.socket() as server:
+        server.bind(("127.0.0.1", 0))
+        return server.getsockname()[1]
+
+
+def launched(name: str, *flags: object, processes: int = 2, **env: str) -> list[subprocess.CompletedProcess]:
+    """Run one of the top-level scripts in processes with the variables that torchrun gives them."""
+    common = {"WORLD_SIZE": str(processes), "LOCAL_WORLD_SIZE": str(processes), "MASTER_ADDR": "127.0.0.1"}
+    common |= {"MASTER_PORT": str(free_port()), **env}
+    words = [str(ROOT / name), *map(str, flags)]
+    ranks = [{**common, "RANK": str(rank), "LOCAL_RANK": str(rank)} for rank in range(processes)]
+    return [template.completed(p) for p in [Forked(template.script, *words, cwd=ROOT, env=own) for own in ranks]]

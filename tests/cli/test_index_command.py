@@ -4,13 +4,13 @@ import json
 import os
 import shutil
 import signal
-import subprocess
-import sys
 import time
 
 import numpy as np
 import pytest
-from tiny import ROOT, THREADS
+import template
+from template import Forked
+from tiny import ROOT
 
 import metric_kd
 from metric_kd.cli.main import main as console
@@ -192,8 +192,7 @@ def test_killed_as_a_process_and_started_again_it_writes_the_same_file(teacher_r
 
     def start(file, pause):
         words = ["index", str(teacher_run), "--images", str(image_folder), "--out", str(file), "--batch", "8"]
-        environment = {**os.environ, "OMP_NUM_THREADS": THREADS, "PYTHONPATH": str(ROOT)}
-        return subprocess.Popen([sys.executable, "-c", code, str(pause), *words], env=environment)
+        return Forked(template.code, code, str(pause), *words, cwd=ROOT)
 
     assert start(tmp_path / "whole", 0).wait() == 0
     file, part = tmp_path / "killed", tmp_path / "killed.part"

@@ -7,7 +7,9 @@ import subprocess
 import sys
 
 import pytest
+import template
 from documents import check_command, commands_of
+from template import Forked
 from tiny import ROOT, command
 
 README = (ROOT / "README.md").read_text()
@@ -36,7 +38,7 @@ def listed() -> dict[str, list[str]]:
     code = (
         f"from metric_kd.cli.main import main\nfor kind in {KINDS}: print('-' + kind, flush=True); main(['list', kind])"
     )
-    text = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True).stdout
+    text = template.completed(Forked(template.code, code, cwd=ROOT)).stdout
     found = {}
     for part in re.split(r"^-", text, flags=re.MULTILINE)[1:]:
         kind, *lines = part.splitlines()

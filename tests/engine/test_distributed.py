@@ -11,13 +11,13 @@ import shutil
 import socket
 import subprocess
 import sys
-from multiprocessing import set_forkserver_preload
 
 import numpy as np
 import pytest
+import template
 import torch
 import torch.distributed as dist
-from tiny import ROOT, THREADS, TINY, succeeds, write_images
+from tiny import ROOT, THREADS, TINY, write_images
 from torch import nn
 from torch.multiprocessing import start_processes
 
@@ -332,7 +332,7 @@ def left(tmp_path_factory):
             shutil.rmtree(folder, ignore_errors=True)
             data = write_images(folder / "images", classes=8, per_class=8)
             (folder / "plain.py").write_text(PLUGIN)
-            set_forkserver_preload(["torch._dynamo", "metric_kd.cli.train", "pytorch_metric_learning.losses"])
+            template.ready()
             for world in (1, 2, 4):
                 start_processes(work, (world, free_port(), folder, data), nprocs=world, start_method="forkserver")
             (folder / "done").touch()
@@ -420,7 +420,8 @@ def test_the_threads_of_a_group_end_with_it_although_a_cycle_holds_it():
         "distributed.stop()\n"
         "assert not any('gloo' in name for name in threads()), threads()\n"
     )
-    succeeds(code)
+    done = template.completed(template.Forked(template.code, code, cwd=ROOT))
+    assert done.returncode == 0, done.stderr
 
 
 def test_one_process_is_left_alone():

@@ -4,6 +4,7 @@ import os
 import socket
 
 import pytest
+import template
 import torch
 from killing import Killed, history, kill_at, same
 from small_steps import CPU, batch, gradients, part, task
@@ -172,6 +173,7 @@ def test_two_processes(tmp_path):
     with socket.socket() as server:
         server.bind(("127.0.0.1", 0))
         port = server.getsockname()[1]
+    template.ready()
     start_processes(work, (port, tmp_path), nprocs=2, start_method="forkserver")
     found = [torch.load(tmp_path / f"{rank}.pt", weights_only=False) for rank in (0, 1)]
     for findings in found:

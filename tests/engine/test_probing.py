@@ -136,6 +136,11 @@ def test_what_cannot_be_is_refused(classifier, other_images, tmp_path):
     assert not (tmp_path / "run").exists()
 
 
+@pytest.fixture
+def forked_trials():
+    """The trial has a fresh interpreter, as users have it."""
+
+
 def test_dry_run_writes_nothing(classifier, other_images, tmp_path, capfd):
     probe(flags_of(classifier, other_images, tmp_path / "run", "--dry_run"))
     assert "losses: cross_entropy" in capfd.readouterr().out and not (tmp_path / "run").exists()

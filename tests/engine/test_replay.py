@@ -4,6 +4,7 @@ import os
 import socket
 
 import pytest
+import template
 import torch
 from killing import Killed, history, kill_at, same
 from small_steps import CPU, assert_equal, batch, gradients, network, part, stepping, task
@@ -335,6 +336,7 @@ def free_port():
 @pytest.fixture(scope="module")
 def pair(tmp_path_factory):
     folder = tmp_path_factory.mktemp("pair")
+    template.ready()
     start_processes(work, (free_port(), folder), nprocs=2, start_method="forkserver")
     return [torch.load(folder / f"{rank}.pt", weights_only=False) for rank in (0, 1)]
 

@@ -10,7 +10,8 @@ from pathlib import Path
 
 import pytest
 import torch
-from tiny import ROOT, THREADS, TINY, command, start
+from template import Forked
+from tiny import ROOT, THREADS, TINY, command, launched, start
 
 from metric_kd.cli.train import main
 from metric_kd.engine.checkpoint import read_checkpoint
@@ -30,7 +31,7 @@ def flags(data: Path, run: Path, *more: str) -> list[str]:
     return [*TINY, "--data", str(data), "--save_dir", str(run), "--loss", "l2_triplet:1,sample=distance", *more]
 
 
-def wait_for(condition, process: subprocess.Popen, seconds: float = 60) -> None:
+def wait_for(condition, process: Forked, seconds: float = 60) -> None:
     deadline = time.monotonic() + seconds
     while not condition() and process.poll() is None and time.monotonic() < deadline:
         time.sleep(0.01)
@@ -168,8 +169,8 @@ def test_torchrun_with_two_processes_ends_with_a_checkpoint(image_folder, teache
     assert read_checkpoint(run / "last.pth")["environment"]["processes"] == 2
     assert "Final Recall@1" in (run / "result.txt").read_text()
     longer = [*arguments, "--epochs", "3"]
-    done = subprocess.run([*launch, *longer], **how)
-    assert done.returncode == 0, done.stderr[-2000:]
+    for done in launched("run_distill.py", *longer):
+        assert done.returncode == 0, done.stderr[-2000:]
     assert list(checkpoints_of(run / "weights")) == [0, 1, 2, 3], "one process keeps the record, resumed or not"
     assert len(read_distances(run / "weights")["linear.weight"].path) == 4
 

@@ -5,8 +5,6 @@ import itertools
 import json
 import os
 import shutil
-import subprocess
-import sys
 import weakref
 from dataclasses import replace
 
@@ -16,7 +14,7 @@ import pytest
 import torch
 from killing import Killed, kill_at, same, weights
 from mortal import attempt
-from tiny import ROOT, THREADS, TINY, write_images
+from tiny import TINY, launched, write_images
 
 from metric_kd.cli.distill import main as distill
 from metric_kd.cli.losses import fold
@@ -385,17 +383,9 @@ def test_peers_and_folders_are_refused(tmp_path):
 
 def test_two_processes_make_one_cache_and_train_by_it(image_folder, teacher_run, tmp_path):
     flags = flags_of(image_folder, teacher_run, "--loss", "rkd:1", "--freeze_bn", "true", "--optimizer", "sgd")
-    launch = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2", "run_distill.py"]
     two = [*flags, "--save_dir", str(tmp_path / "two"), "--teacher_cache", str(tmp_path / "two.h5")]
-    done = subprocess.run(
-        [*launch, *two],
-        cwd=ROOT,
-        env={**os.environ, "OMP_NUM_THREADS": THREADS},
-        capture_output=True,
-        text=True,
-        timeout=200,
-    )
-    assert done.returncode == 0, done.stderr[-3000:]
+    for done in launched("run_distill.py", *two):
+        assert done.returncode == 0, done.stderr[-3000:]
     distill([*flags, "--save_dir", str(tmp_path / "one"), "--teacher_cache", str(tmp_path / "one.h5")])
     tables = [read_cache(tmp_path / name).tables["embedding"] for name in ("one.h5", "two.h5")]
     np.testing.assert_allclose(*tables, atol=1e-6)
