@@ -78,7 +78,18 @@ def suite(level: Level, threads: int, arguments: list[str]) -> tuple[bool, str]:
     """Whether all tests passed, and the columns of the table."""
     with tempfile.TemporaryDirectory() as folder:
         report = Path(folder) / "report.xml"
-        command = [sys.executable, "-m", "pytest", "-n", "2", "--dist", "loadfile", f"--junitxml={report}", *arguments]
+        command = [
+            sys.executable,
+            "-m",
+            "pytest",
+            "-n",
+            "2",
+            "--dist",
+            "loadfile",
+            "--no-loadscope-reorder",
+            f"--junitxml={report}",
+            *arguments,
+        ]
         done = subprocess.run(command, cwd=ROOT, env=variables(level, threads))
         if not report.is_file():
             return False, f"    pytest ended with {done.returncode}"

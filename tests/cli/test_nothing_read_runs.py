@@ -199,3 +199,18 @@ def test_a_card_that_is_nested_too_deeply_is_no_card(teacher_run, tmp_path, caps
     (run / "card.json").write_text("[" * 100_000)
     assert command(*OPENING["report"](run, tmp_path, None)) == 2
     assert "Traceback" not in capsys.readouterr().err
+
+
+def test_going_on_with_a_run_and_searching_an_index_import_nothing(image_folder, evil, tmp_path, capsys):
+    """The command that goes on has its plugins on it; neither the folder nor the model of an index adds any."""
+    words = ["train", *TINY, "--data", image_folder, "--epochs", 1, "--save_dir", tmp_path / "run"]
+    assert command(*words) == 0
+    config = yaml.safe_load((tmp_path / "run" / "config.yaml").read_text())
+    assert command("index", tmp_path / "run", "--images", image_folder, "--out", tmp_path / "x.index") == 0
+    (tmp_path / "run" / "config.yaml").write_text(yaml.safe_dump({**config, "plugins": [str(evil)]}))
+    image = next(image_folder.rglob("*.png"))
+    found = metric_kd.Searcher(tmp_path / "x.index").search([image], 1)
+    assert len(found[0]) == 1
+    assert command("search", tmp_path / "x.index", "--query", image) == 0, capsys.readouterr().err
+    assert command(*words, "--epochs", 2) == 0
+    assert not (tmp_path / "mark").exists()
