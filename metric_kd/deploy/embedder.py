@@ -9,7 +9,8 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 
-from metric_kd.data.decode import EXTENSIONS, decode
+from metric_kd.data.decode import EXTENSIONS
+from metric_kd.data.decode import pixels_of as pixels_of
 from metric_kd.data.transforms import Geometry, resize
 from metric_kd.deploy.bridge import Bridge, bridge_from
 from metric_kd.devices import autocast
@@ -53,8 +54,9 @@ class Embedder:
     ) -> np.ndarray:
         """(N, D) float32 embeddings of N images.
 
-        images: file names, PIL images or (H, W, 3) uint8 arrays, mixed as you like, or one of these; or one (N, 3, H, W)
-        uint8 tensor or (N, H, W, 3) uint8 array. Raises ``UserError`` for an unreadable file (named) and for anything else,
+        images: file names, PIL images or (H, W, 3) uint8 arrays, mixed as you like, or one of these (see
+        :func:`metric_kd.data.decode.pixels_of`: the same photo gives the same vector); or one (N, 3, H, W) uint8 tensor or
+        (N, H, W, 3) uint8 array. Raises ``UserError`` for an unreadable file (named) and for anything else,
         unless ``skipped`` is a list: then such images are added to it, and left out; and for a batch below 1.
         """
         images = several(images, batch)
@@ -101,24 +103,6 @@ def several(images: Any, batch: int) -> Any:
         raise UserError(f"batch is {batch}; give 1 or more.")
     one = isinstance(images, str | Path) or hasattr(images, "convert") or getattr(images, "ndim", None) == 3
     return [images] if one else images
-
-
-def pixels_of(image: Any) -> Tensor:
-    """(3, H, W) uint8 of a file name, a PIL image, an (H, W, 3) uint8 array or a (3, H, W) uint8 tensor."""
-    if isinstance(image, str | Path):
-        return decode(str(image))
-    if isinstance(image, Tensor):
-        pixels = image
-    else:
-        array = np.array(image.convert("RGB")) if hasattr(image, "convert") else np.asarray(image)
-        if array.ndim != 3 or array.shape[-1] != 3:
-            raise UserError(f"an image array has shape (H, W, 3), got {array.shape}; convert it to RGB.")
-        pixels = torch.from_numpy(np.ascontiguousarray(array)).permute(2, 0, 1)
-    if pixels.dtype != torch.uint8 or pixels.ndim != 3 or pixels.shape[0] != 3:
-        raise UserError(f"an image tensor is (3, H, W) uint8, got {tuple(pixels.shape)} {pixels.dtype}; convert it.")
-    if not pixels.numel():
-        raise UserError(f"an image has one pixel or more, got {tuple(pixels.shape)}; leave it out.")
-    return pixels
 
 
 def load(
