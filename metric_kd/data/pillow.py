@@ -63,10 +63,7 @@ def rgb(image: "Pillow.Image") -> np.ndarray:
     if image.mode in VEILED:
         plain = image.convert(VEILED[image.mode])
         return np.array(_turned(plain, image).convert("RGB"))
-    try:
-        return np.array(_turned(image, image).convert("RGB"))
-    except ValueError as error:
-        raise Refused(f"its mode is {image.mode}, which has no plain way to RGB; convert it") from error
+    return np.array(_turned(image, image).convert("RGB"))
 
 
 def narrow(array: np.ndarray) -> np.ndarray:
