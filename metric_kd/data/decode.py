@@ -1,21 +1,26 @@
-"""One image file to RGB uint8: torchvision where it reads the format, Pillow for the rest."""
+"""One image, however it is given, to RGB uint8: JPEG files by torchvision, the rest by Pillow."""
 
 import os
 from collections import deque
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
-from typing import TypeVar
+from pathlib import Path
+from typing import Any, TypeVar
 
 import numpy as np
 import torch
 from torch import Tensor
 from tqdm import tqdm
 
+from metric_kd.data import pillow
 from metric_kd.errors import UserError
 
-EXTENSIONS = frozenset({".jpg", ".jpeg", ".png", ".bmp", ".gif", ".webp", ".tif", ".tiff", ".ppm", ".pgm", ".pbm"})
-PNG = b"\x89PNG\r\n\x1a\n"
-MAGIC = (b"\xff\xd8\xff", PNG, b"GIF8", b"BM", b"II*\0", b"MM\0*", b"P1", b"P2", b"P3", b"P4", b"P5", b"P6")
+EXTENSIONS = frozenset(
+    ".jpg .jpeg .jpe .jfif .mpo .png .apng .bmp .dib .gif .webp .tif .tiff .ppm .pgm .pbm .pnm .avif .qoi .jp2 .j2k .jpf "
+    ".jpx .j2c .jpc".split()
+)
+JPEG = b"\xff\xd8\xff"
+MAGIC = (JPEG, b"\x89PNG\r\n\x1a\n", b"GIF8", b"BM", b"II*\0", b"MM\0*", b"P1", b"P2", b"P3", b"P4", b"P5", b"P6")
 T = TypeVar("T")
 THREADS = min(8, os.cpu_count() or 1)
 CHUNK = 32
@@ -50,13 +55,11 @@ def check_header(path: str) -> None:
 
 
 def _pillow_size(path: str) -> tuple[int, int]:
-    from PIL import Image
-
     try:
-        with Image.open(path) as image:
+        with pillow.open_image(path) as image:
             return image.size
     except Exception as error:  # Pillow raises many types for broken files; each means that it cannot be read
-        raise unreadable(path, "it is no image that we know" if "cannot identify" in str(error) else error) from error
+        raise unreadable(path, _reason(error)) from error
 
 
 def all_have_size(paths: Sequence[str], size: int) -> bool:
@@ -71,9 +74,10 @@ def all_have_size(paths: Sequence[str], size: int) -> bool:
 
 
 def decode(path: str) -> Tensor:
-    """(3, H, W) uint8 RGB, upright by its EXIF orientation; alpha is dropped, 16 bits become 8.
+    """(3, H, W) uint8 RGB, upright by its EXIF orientation; alpha is dropped, deep pixels become 8 bits of their range.
 
-    Raises ``UserError`` that names the file where it is missing, empty, truncated or no image.
+    Raises ``UserError`` that names the file where it is missing, empty, truncated, no image, claims too many pixels, or
+    holds numbers of no known range.
     """
     try:
         data = np.fromfile(path, dtype=np.uint8)
@@ -81,15 +85,81 @@ def decode(path: str) -> Tensor:
         raise unreadable(path, error.strerror or error) from error
     if data.size == 0:
         raise unreadable(path, "the file is empty")
-    if _for_pillow(data[:32].tobytes()):
+    if data[:3].tobytes() != JPEG:  # torchvision's other decoders end the process on damaged files
         return _pillow(path)
     try:
-        from torchvision.io import ImageReadMode, decode_image
+        pillow.check_size(*jpeg_size(data))
+        from torchvision.io import ImageReadMode, decode_jpeg
 
-        image = decode_image(torch.from_numpy(data), ImageReadMode.RGB, apply_exif_orientation=True)
+        return decode_jpeg(torch.from_numpy(data), ImageReadMode.RGB, apply_exif_orientation=True)
+    except pillow.Refused as error:
+        raise unreadable(path, error) from error
     except (ImportError, RuntimeError):  # Pillow reads a little more, says better what is wrong, and is always there
         return _pillow(path)
-    return image if image.dtype == torch.uint8 else torch.from_numpy((image.numpy() >> 8).astype(np.uint8))
+
+
+def jpeg_size(data: np.ndarray) -> tuple[int, int]:
+    """(width, height) of the first frame that a JPEG file claims; (0, 0) where it claims none."""
+    place, end = 2, len(data) - 9
+    while place < end:
+        marker = int(data[place + 1])
+        if data[place] != 0xFF or marker == 0xFF:
+            place += 1  # bytes between two markers, which the decoder skips
+        elif 0xC0 <= marker <= 0xCF and marker not in (0xC4, 0xC8, 0xCC):
+            return int(data[place + 7]) << 8 | int(data[place + 8]), int(data[place + 5]) << 8 | int(data[place + 6])
+        elif marker in (0x00, 0x01) or 0xD0 <= marker <= 0xD8:
+            place += 2
+        else:
+            place += 2 + (int(data[place + 2]) << 8 | int(data[place + 3]))
+    return 0, 0
+
+
+def pixels_of(image: Any) -> Tensor:
+    """(3, H, W) uint8 RGB of one image, the same pixels however it is given.
+
+    image: a file name; a PIL image of any mode, which is turned by its EXIF entry as its file is; an (H, W), (H, W, 1),
+    (H, W, 3) or (H, W, 4) array of uint8 or uint16, of which the upper 8 bits count; or a (3, H, W) uint8 tensor. An array
+    carries no EXIF entry: it is taken as it stands. Raises ``UserError`` for anything else, and for what is damaged.
+    """
+    if isinstance(image, str | Path):
+        return decode(str(image))
+    if isinstance(image, Tensor):
+        pixels = image
+    elif hasattr(image, "convert"):
+        try:
+            pixels = _planes(pillow.rgb(image))
+        except Exception as error:  # as in _pillow: it was opened, but never read
+            name = getattr(image, "filename", "") or f"of mode {image.mode} that was given"
+            raise unreadable(str(name), _reason(error)) from error
+    else:
+        pixels = _planes(_colours(np.asarray(image)))
+    if pixels.dtype != torch.uint8 or pixels.ndim != 3 or pixels.shape[0] != 3:
+        raise UserError(f"an image tensor is (3, H, W) uint8, got {tuple(pixels.shape)} {pixels.dtype}; convert it.")
+    if not pixels.numel():
+        raise UserError(f"an image has one pixel or more, got {tuple(pixels.shape)}; leave it out.")
+    return pixels
+
+
+def _colours(array: np.ndarray) -> np.ndarray:
+    """(H, W, 3) uint8 of an array of grey or coloured pixels."""
+    if array.ndim == 3 and array.shape[0] in (1, 3, 4) and array.shape[-1] not in (1, 3, 4):
+        raise UserError(
+            f"an image array has shape (H, W, 3), got {array.shape} with the channels first; give "
+            "array.transpose(1, 2, 0)."
+        )
+    if array.ndim not in (2, 3) or array.ndim == 3 and array.shape[-1] not in (1, 3, 4):
+        raise UserError(f"an image array has shape (H, W, 3), got {array.shape}; convert it to RGB.")
+    if array.dtype.kind != "u" or array.dtype.itemsize > 2:
+        raise UserError(
+            f"an image array holds uint8 (0..255) or uint16 (0..65535), got {array.dtype}; scale it and convert it to uint8."
+        )
+    array = array if array.dtype == np.uint8 else pillow.narrow(array)
+    array = array[..., None] if array.ndim == 2 else array
+    return np.repeat(array, 3, axis=2) if array.shape[2] == 1 else array[..., :3]
+
+
+def _planes(array: np.ndarray) -> Tensor:
+    return torch.from_numpy(np.ascontiguousarray(array)).permute(2, 0, 1)
 
 
 def check_whole(path: str) -> None:
@@ -97,27 +167,19 @@ def check_whole(path: str) -> None:
     decode(path)
 
 
-def _for_pillow(head: bytes) -> bool:
-    """Whether Pillow reads it: all but JPEG and plain PNG (bits packed or palettes have been wrong in torchvision)."""
-    if head.startswith(PNG):
-        depth, colour = head[24:25], head[25:26]
-        return depth < b"\x08" or colour == b"\x03"
-    return not head.startswith(b"\xff\xd8\xff")
-
-
 def _pillow(path: str) -> Tensor:
-    from PIL import Image, ImageOps
-
     try:
-        with Image.open(path) as image:
-            upright = ImageOps.exif_transpose(image)
-            if upright.mode.startswith("I;16"):
-                grey = (np.asarray(upright).astype(np.uint16) >> 8).astype(np.uint8)
-                upright = Image.fromarray(grey)
-            pixels = np.array(upright.convert("RGB"))
+        with pillow.open_image(path) as image:
+            return _planes(pillow.rgb(image))
     except Exception as error:  # Pillow raises many types for broken files; each means that it cannot be read
-        raise unreadable(path, "it is no image that we know" if "cannot identify" in str(error) else error) from error
-    return torch.from_numpy(pixels).permute(2, 0, 1)
+        raise unreadable(path, _reason(error)) from error
+
+
+def _reason(error: Exception) -> str:
+    """Why an image cannot be read, in words."""
+    if "cannot identify" in str(error):
+        return "it is no image that we know"
+    return str(error) or f"it is damaged: {type(error).__name__}"
 
 
 def each(function: Callable[[str], T], paths: Sequence[str], what: str, progress: bool) -> Iterator["T | UserError"]:

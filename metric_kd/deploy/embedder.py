@@ -1,6 +1,5 @@
 """Embedder: a trained network for someone who only wants vectors."""
 
-import os
 from pathlib import Path
 from typing import Any
 
@@ -9,7 +8,9 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 
-from metric_kd.data.decode import EXTENSIONS, decode
+from metric_kd.data.decode import pixels_of as pixels_of
+from metric_kd.data.folder import images_in as images_in
+from metric_kd.data.folder import is_image as is_image
 from metric_kd.data.transforms import Geometry, resize
 from metric_kd.deploy.bridge import Bridge, bridge_from
 from metric_kd.devices import autocast
@@ -54,8 +55,9 @@ class Embedder:
     ) -> np.ndarray:
         """(N, D) float32 embeddings of N images.
 
-        images: file names, PIL images or (H, W, 3) uint8 arrays, mixed as you like, or one of these; or one (N, 3, H, W)
-        uint8 tensor or (N, H, W, 3) uint8 array. Raises ``UserError`` for an unreadable file (named) and for anything else,
+        images: file names, PIL images or (H, W, 3) uint8 arrays, mixed as you like, or one of these (see
+        :func:`metric_kd.data.decode.pixels_of`: the same photo gives the same vector); or one (N, 3, H, W) uint8 tensor or
+        (N, H, W, 3) uint8 array. Raises ``UserError`` for an unreadable file (named) and for anything else,
         unless ``skipped`` is a list: then such images are added to it, and left out; and for a batch below 1.
         """
         images = several(images, batch)
@@ -100,26 +102,8 @@ def several(images: Any, batch: int) -> Any:
     """What :meth:`Embedder.embed` was given, as something of a length. Raises ``UserError`` for a batch below 1."""
     if batch < 1:
         raise UserError(f"batch is {batch}; give 1 or more.")
-    one = isinstance(images, str | Path) or hasattr(images, "convert") or getattr(images, "ndim", None) == 3
+    one = isinstance(images, str | Path) or hasattr(images, "convert") or getattr(images, "ndim", None) in (2, 3)
     return [images] if one else images
-
-
-def pixels_of(image: Any) -> Tensor:
-    """(3, H, W) uint8 of a file name, a PIL image, an (H, W, 3) uint8 array or a (3, H, W) uint8 tensor."""
-    if isinstance(image, str | Path):
-        return decode(str(image))
-    if isinstance(image, Tensor):
-        pixels = image
-    else:
-        array = np.array(image.convert("RGB")) if hasattr(image, "convert") else np.asarray(image)
-        if array.ndim != 3 or array.shape[-1] != 3:
-            raise UserError(f"an image array has shape (H, W, 3), got {array.shape}; convert it to RGB.")
-        pixels = torch.from_numpy(np.ascontiguousarray(array)).permute(2, 0, 1)
-    if pixels.dtype != torch.uint8 or pixels.ndim != 3 or pixels.shape[0] != 3:
-        raise UserError(f"an image tensor is (3, H, W) uint8, got {tuple(pixels.shape)} {pixels.dtype}; convert it.")
-    if not pixels.numel():
-        raise UserError(f"an image has one pixel or more, got {tuple(pixels.shape)}; leave it out.")
-    return pixels
 
 
 def load(
@@ -147,36 +131,3 @@ def load(
 
 def no_bridge(run_or_checkpoint: "str | Path") -> UserError:
     return UserError(f"{run_or_checkpoint} holds no bridge; train it with run_distill.py --bridge ridge.")
-
-
-def images_in(folder: "str | Path", flag: str = "--images") -> list[str]:
-    """The image files below a folder, sorted; hidden files and folders, and folders that are links, are left out.
-
-    Raises ``UserError``, naming the flag, where there are none, and where a folder among them cannot be read: its images
-    would seem to be gone.
-    """
-    root = Path(folder)
-    if not root.is_dir():
-        raise UserError(f"{flag} {root} is no folder; give one that holds images.")
-
-    def refuse(error: OSError) -> None:
-        raise UserError(
-            f"{flag}: cannot read the folder {error.filename} ({error.strerror}); permit it, or move it away."
-        )
-
-    found = []
-    for where, folders, files in os.walk(root, onerror=refuse):
-        folders[:] = [name for name in folders if _counts(name)]
-        found += [str(Path(where, name)) for name in files if _counts(name) and is_image(name)]
-    if not found:
-        raise UserError(f"{flag} {root} holds no images; give another folder.")
-    return sorted(found)
-
-
-def is_image(name: "str | Path") -> bool:
-    """By its ending."""
-    return Path(name).suffix.lower() in EXTENSIONS
-
-
-def _counts(name: str) -> bool:
-    return not name.startswith(".") and name != "__MACOSX"

@@ -8,16 +8,16 @@ from metric_kd.models import default_pixels
 
 USAGE = {
     "onnx": """import numpy as np, onnxruntime
-from PIL import Image
+from PIL import Image, ImageOps
 
 session = onnxruntime.InferenceSession("{file}")
-image = np.asarray(Image.open("image.jpg").convert("RGB")).transpose(2, 0, 1)[None]
+image = np.asarray(ImageOps.exif_transpose(Image.open("image.jpg")).convert("RGB")).transpose(2, 0, 1)[None]
 embedding = session.run(None, {{"{input}": image}})[0]""",
     "pt2": """import numpy as np, torch
-from PIL import Image
+from PIL import Image, ImageOps
 
 network = torch.export.load("{file}").module()
-image = torch.tensor(np.asarray(Image.open("image.jpg").convert("RGB"))).permute(2, 0, 1)[None]
+image = torch.tensor(np.asarray(ImageOps.exif_transpose(Image.open("image.jpg")).convert("RGB"))).permute(2, 0, 1)[None]
 embedding = network(image{move})""",
 }
 """Programs that embed one image, without this package; a run of them is a test."""

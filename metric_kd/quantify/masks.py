@@ -11,6 +11,7 @@ from typing import NamedTuple
 import numpy as np
 
 from metric_kd.data.decode import EXTENSIONS
+from metric_kd.data.pillow import open_image
 from metric_kd.data.transforms import Geometry
 from metric_kd.errors import UserError
 
@@ -184,10 +185,10 @@ def _read_npy(file: Path) -> np.ndarray:
 
 
 def _read_image(file: Path) -> np.ndarray:
-    from PIL import Image, ImageOps
+    from PIL import ImageOps
 
     try:
-        with Image.open(file) as image:
+        with open_image(str(file)) as image:
             upright = ImageOps.exif_transpose(image)  # the images are turned upright as well
             array = np.asarray(upright)
             bands = upright.getbands()
