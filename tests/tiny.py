@@ -62,4 +62,9 @@ def launched(name: str, *flags: object, processes: int = 2, **env: str) -> list[
     common |= {"MASTER_PORT": str(free_port()), **env}
     words = [str(ROOT / name), *map(str, flags)]
     ranks = [{**common, "RANK": str(rank), "LOCAL_RANK": str(rank)} for rank in range(processes)]
-    return [template.completed(p) for p in [Forked(template.script, *words, cwd=ROOT, env=own) for own in ranks]]
+    started = [Forked(template.script, *words, cwd=ROOT, env=own) for own in ranks]
+    try:
+        return [template.completed(process) for process in started]
+    finally:
+        for process in started:  # where one hangs the others would wait for it for ever
+            process.kill()
