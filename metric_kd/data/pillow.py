@@ -13,6 +13,8 @@ FORMATS = ("JPEG", "PNG", "GIF", "BMP", "DIB", "WEBP", "TIFF", "PPM", "AVIF", "J
 DEEP = ("PPM", "PNG")
 """Formats whose images of mode I hold 0..65535, whatever their maxval."""
 VEILED = {"La": "LA", "RGBa": "RGBA"}
+SMALL = 1 << 24
+"""Pixels that any memory holds."""
 BITS, PHOTOMETRIC, ORIENTATION = 258, 262, 274
 
 
@@ -41,6 +43,8 @@ def known() -> tuple[str, ...]:
 
 def check_size(width: int, height: int) -> None:
     """Raise ``Refused`` for more pixels than Pillow takes: a few bytes can claim any number."""
+    if width * height < SMALL:
+        return
     from PIL import Image
 
     if Image.MAX_IMAGE_PIXELS is not None and width * height > 2 * Image.MAX_IMAGE_PIXELS:
