@@ -189,7 +189,9 @@ def test_embed_and_load(teacher_run, image_folder, tmp_path, capsys):
     assert np.allclose(embedder.embed(torch.from_numpy(np.stack(arrays)).permute(0, 3, 1, 2)), again, atol=1e-6)
     assert np.allclose(embedder.embed(Image.open(image_folder / names[0])), again[:1], atol=1e-6)
     with pytest.raises(metric_kd.UserError, match=r"\(H, W, 3\)"):
-        embedder.embed([np.zeros((4, 4), np.uint8)])
+        embedder.embed([np.zeros((4, 4, 2), np.uint8)])
+    grey = arrays[0][:, :, 0]
+    assert np.allclose(embedder.embed([grey]), embedder.embed([np.repeat(grey[:, :, None], 3, axis=2)]), atol=1e-6)
     assert console(["embed", str(teacher_run), "--images", str(tmp_path / "no"), "--out", str(out)]) == 2
 
 
