@@ -177,6 +177,8 @@ def write_pt2(graph: EmbeddingGraph, path: "Path | str", metadata: Mapping[str, 
     """Write a file for torch.export.load with N, H and W free; it runs on the kind of device where ``graph`` is."""
     with _explained(graph, "torch.export"), quiet(), torch.no_grad():
         program = torch.export.export(graph.eval(), (_example(graph),), dynamic_shapes=(_dynamic(),))
+        for node in program.graph.nodes:  # where in whose files it was written is nobody's business
+            node.meta.pop("stack_trace", None)
         content = io.BytesIO()
         torch.export.save(program, content, extra_files={METADATA: json.dumps(dict(metadata))})
     seal_archive(content)

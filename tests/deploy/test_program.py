@@ -1,11 +1,15 @@
 """A .pt2 file is looked at before PyTorch opens it, which would unpickle and evaluate what is in it."""
 
+import contextlib
 import json
 import pickle
 import zipfile
+from pathlib import Path
 
 import pytest
+import torch
 
+import metric_kd
 from metric_kd.deploy.export import EmbeddingGraph, write_pt2
 from metric_kd.deploy.exported import Exported
 from metric_kd.deploy.program import check_program
@@ -61,8 +65,8 @@ def test_a_program_of_ours_is_opened(program):
     check_program(program, program.read_bytes())
 
 
-def test_programs_that_could_run_code_are_refused(program, tmp_path):
-    mark = tmp_path / "mark"
+def planted(program, mark):
+    """What others could write into a program of ours -> the change that writes it."""
     call = f"__import__('pathlib').Path('{mark}').touch()"
     top = zipfile.ZipFile(program).namelist()[0].split("/")[0]
 
@@ -83,7 +87,16 @@ def test_programs_that_could_run_code_are_refused(program, tmp_path):
 
     text = zipfile.ZipFile(program).read(f"{top}/models/model.json").decode()
     symbol = text[text.index("Symbol('") :].split(")")[0] + ")"
-    changes = {
+    none = '"guards_code": []'
+    leaf = {"type": None, "context": None, "children_spec": []}
+    enum = json.dumps([{"__enum__": True, "fqn": "planted:Colour", "name": "RED"}])
+    tree = json.dumps([1, {"type": "builtins.dict", "context": enum, "children_spec": [leaf]}])
+    whole = json.loads(text)
+    own = whole["graph_module"]["module_call_graph"][0]["signature"]["out_spec"]
+    argument = "images"
+    weight = "network.base.conv1.weight"
+    assert weight in text
+    return {
         "expression": model_with(symbol, call),
         "attribute": model_with(symbol, "Symbol.mro()"),
         "call": model_with("torch.ops.aten.relu.default", "torch.hub.os.system"),
@@ -91,9 +104,50 @@ def test_programs_that_could_run_code_are_refused(program, tmp_path):
         "inputs": inputs,
         "library": library,
         "pickled": pickled,
+        "condition": model_with(none, json.dumps({"guards_code": [f"{call} is None"]})[1:-1]),
+        "message": model_with(none, json.dumps({"guards_code": ['L["x\\" + f() + \\""] >= 2']})[1:-1]),
+        "enum": model_with(json.dumps(own), json.dumps(tree)),
+        "argument": model_with(f'"{argument}"', f'"{argument}={call}"'),
+        "weight": model_with(weight, f'network.base.conv1.x\\", {call}) #'),
+        "object": model_with(
+            '"custom_obj_values": {}', '"custom_obj_values": {"x": {"name": "x", "class_fqn": "os.system"}}'
+        ),
     }
-    for name, change in changes.items():
+
+
+def test_programs_that_could_run_code_are_refused(program, tmp_path, monkeypatch):
+    mark = tmp_path / "mark"
+    (tmp_path / "planted.py").write_text(f"open({str(mark)!r}, 'w')\nclass Colour: RED = 1\n")
+    monkeypatch.syspath_prepend(tmp_path)
+    for name, change in planted(program, mark).items():
         file = changed(program, tmp_path / f"{name}.pt2", change)
         with pytest.raises(UserError, match="could run code"):
             Exported(file)
         assert not mark.exists(), name
+
+
+@pytest.mark.parametrize("name", ["condition", "enum", "argument"])
+def test_pytorch_itself_would_run_what_is_planted(program, tmp_path, monkeypatch, name):
+    mark = tmp_path / "mark"
+    (tmp_path / "planted.py").write_text(f"open({str(mark)!r}, 'w')\nclass Colour: RED = 1\n")
+    monkeypatch.syspath_prepend(tmp_path)
+    file = changed(program, tmp_path / "planted.pt2", planted(program, mark)[name])
+    with contextlib.suppress(Exception):
+        torch.export.load(file).module()(torch.zeros(2, 3, 32, 32, dtype=torch.uint8))
+    if not mark.exists():
+        pytest.skip(f"torch {torch.__version__} does not run it any more; the check may go")
+
+
+def test_a_program_does_not_say_where_its_source_lay(program):
+    archive = zipfile.ZipFile(program)
+    source = str(Path(torch.__file__).parent).encode()
+    assert not [name for name in archive.namelist() if source in archive.read(name)]
+    assert not [
+        name for name in archive.namelist() if str(Path(metric_kd.__file__).parent).encode() in archive.read(name)
+    ]
+
+
+def test_conditions_on_sizes_are_opened(program, tmp_path):
+    guard = "L['images'].size()[0] >= 2 and L['images'].size()[2] + 1 < 4096"
+    file = changed(program, tmp_path / "guarded.pt2", model_with('"guards_code": []', f'"guards_code": ["{guard}"]'))
+    check_program(file, file.read_bytes())
