@@ -253,6 +253,24 @@ def test_onnx_files_that_others_wrote_or_changed_open_without_a_digest(files, tm
         assert np.array_equal(Exported(tmp_path / f"{name}.onnx").run(images), wanted)
 
 
+@pytest.mark.parametrize("place", ["../secret", "{outside}/secret", "link"])
+def test_weights_outside_the_folder_of_an_onnx_file_are_not_read(files, tmp_path, place):
+    (tmp_path / "in").mkdir()
+    model = onnx.load(files["onnx"])
+    onnx.save(model, tmp_path / "in/x.onnx", save_as_external_data=True, location="weights", size_threshold=4096)
+    Exported(tmp_path / "in/x.onnx")
+    (tmp_path / "in/weights").rename(tmp_path / "secret")
+    (tmp_path / "in/link").symlink_to("../secret")
+    model = onnx.load(tmp_path / "in/x.onnx", load_external_data=False)
+    for tensor in model.graph.initializer:
+        for entry in tensor.external_data:
+            if entry.key == "location":
+                entry.value = place.format(outside=tmp_path)
+    (tmp_path / "in/x.onnx").write_bytes(model.SerializeToString())
+    with pytest.raises(UserError, match=r"x\.onnx cannot be read"):
+        Exported(tmp_path / "in/x.onnx")
+
+
 def test_what_cannot_be_exported_is_said_in_one_sentence(graph, tmp_path, monkeypatch):
     def refuse(*_, **__):
         raise ValueError("operation x has no translation.\nand more")
