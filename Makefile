@@ -1,17 +1,25 @@
-# Two commands, each from a bare clone to a result: `make demo` and `make test`. Both share .venv.
+# Three commands, each from a bare clone to a result: `make demo`, `make test` and `make test-all`. They share .venv.
 PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 READY := $(VENV)/.ready
 export OMP_WAIT_POLICY ?= passive
 
-.PHONY: demo test test-machines lint torture bench docs clean
+# Two workers on one thread each, which is fastest on two cores; the tests of a file stay together and share what it trains.
+PYTEST = OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist loadfile --no-loadscope-reorder
+
+.PHONY: demo test test-all test-machines lint torture bench docs clean
 
 demo: $(READY)
 	$(BIN)/python examples/demo.py
 
+# Every module.
 test: $(READY) lint
-	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist loadfile --no-loadscope-reorder
+	$(PYTEST) -m "not slow"
+
+# The rest: whole documents, launched processes, compilers, large networks.
+test-all: $(READY)
+	$(PYTEST) -m slow
 
 # The suite under each instruction set that the processor has, on one thread and on two; OPTIONS as in "--only default".
 test-machines: $(READY)

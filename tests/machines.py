@@ -11,6 +11,7 @@ from xml.etree import ElementTree
 
 ROOT = Path(__file__).resolve().parent.parent
 THREADS = (1, 2)
+WITHOUT = "NPY_DISABLE_CPU_FEATURES"
 
 
 class Level(NamedTuple):
@@ -66,11 +67,12 @@ def variables(level: Level, threads: int) -> dict[str, str]:
     """The environment of the suite."""
     from numpy._core import _multiarray_umath as numpy_core
 
-    groups = [name for name in numpy_core.__cpu_dispatch__ if numpy_core.__cpu_features__.get(name)]
+    off = os.environ.get(WITHOUT, "").split()  # where the suite runs in a suite
+    groups = [name for name in numpy_core.__cpu_dispatch__ if numpy_core.__cpu_features__.get(name) or name in off]
     ours = {"METRIC_KD_TEST_THREADS": str(threads), "OMP_NUM_THREADS": str(threads), "OMP_WAIT_POLICY": "passive"}
     if left_out := [name for name in groups if name.startswith(level.without)]:
-        ours["NPY_DISABLE_CPU_FEATURES"] = " ".join(left_out)
-    others = {key for each in LEVELS.values() for key in each.variables}
+        ours[WITHOUT] = " ".join(left_out)
+    others = {WITHOUT, *(key for each in LEVELS.values() for key in each.variables)}
     return {key: value for key, value in os.environ.items() if key not in others} | level.variables | ours
 
 

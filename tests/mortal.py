@@ -21,8 +21,12 @@ ON_DISK: Calls = {(os, "pwrite"): half_of_pwrite, (os, "fsync"): None, (os, "rep
 
 def fork() -> int:
     """``os.fork`` on one thread: of several, OpenMP's would be missing in the child, which would wait for them for ever."""
+    threads = torch.get_num_threads()
     torch.set_num_threads(1)
-    return os.fork()
+    child = os.fork()
+    if child:
+        torch.set_num_threads(threads)
+    return child
 
 
 def attempt(work: Callable[[], Any], kill_at: int | None = None, calls: Calls = ON_DISK) -> int:

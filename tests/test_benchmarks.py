@@ -11,7 +11,7 @@ from dataclasses import replace
 import numpy as np
 import pytest
 import torch
-from tiny import ROOT, write_images
+from tiny import ROOT, THREADS, write_images
 
 HERE = ROOT / "benchmarks"
 MACHINE = {
@@ -280,6 +280,7 @@ def test_plain_step_is_ours(bench, monkeypatch):
         step.assert_parity(batch)
 
 
+@pytest.mark.slow
 def test_an_epoch_runs_on_files_that_it_makes(bench, monkeypatch, tmp_path):
     """Both sides, with one iteration and small networks."""
     epoch, step = bench("bench_epoch"), bench("bench_step")
@@ -292,7 +293,7 @@ def test_an_epoch_runs_on_files_that_it_makes(bench, monkeypatch, tmp_path):
     rows = epoch.rows(photos=str(made), plan=epoch.Plan(batch=4, iterations=1, turns=1, views=2))
     assert [row.target.time for row in rows] == [4, None, None, None]
     assert all(row.ours > 0 for row in rows) and rows[0].peer == rows[1].peer
-    assert torch.get_num_threads() == 1
+    assert torch.get_num_threads() == int(THREADS)
 
 
 def test_plain_normalisation_and_chain(bench, tmp_path):
@@ -305,6 +306,7 @@ def test_plain_normalisation_and_chain(bench, tmp_path):
     assert image.shape == (3, 224, 224) and label == 0
 
 
+@pytest.mark.slow
 def test_the_million_in_small():
     pytest.importorskip("faiss")
     words = ["--count", "2000", "--dimensions", "8", "--factories", "Flat", "IVF8,PQ4+float16"]

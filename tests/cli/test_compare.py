@@ -86,6 +86,7 @@ def results(tmp_path):
     return content, {row["name"]: row for row in content["rows"]}
 
 
+@pytest.mark.slow
 def test_a_comparison_from_start_to_page(call, content, made, tmp_path, capsys):
     assert call("--dry_run") == 0
     assert "4 runs to choose" not in capsys.readouterr().out and not (tmp_path / "out").exists()

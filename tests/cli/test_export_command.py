@@ -104,6 +104,7 @@ def _test_images(run):
     return load_splits(checked(parse("train", ["--mode", "eval", "--load", str(run)])).config).test
 
 
+@pytest.mark.slow
 def test_without_the_runs_data_a_folder_of_images_will_do(teacher_run, photos, tmp_path, capsys):
     checkpoint = shutil.copy(teacher_run / "best.pth", tmp_path / "alone.pth")
     assert "Give a folder, as --images DIR" in refusal(capsys, checkpoint, "--to", "onnx")

@@ -88,12 +88,15 @@ def test_images_of_the_crops_size_are_taken_as_they_are(graph):
 @pytest.mark.parametrize(
     "base, size, form, options",
     [
-        ("inception_v1bn", 64, "onnx", {}),
-        ("googlenet", 64, "onnx", {"l2normalize": False}),
+        pytest.param("inception_v1bn", 64, "onnx", {}, marks=pytest.mark.slow),
+        pytest.param("googlenet", 64, "onnx", {"l2normalize": False}, marks=pytest.mark.slow),
         ("vit_b_16", 32, "onnx", {}),
         ("vit_b_16", 32, "pt2", {}),
         ("mobilenet_v2_cifar", 32, "pt2", {"embedding_size": 0, "num_classes": 5}),
-        ("alexnet_fc", 64, "onnx", {"pixels": Pixels((104, 117, 128), (1, 2, 3), 255.0, True)}),
+        pytest.param(
+            *("alexnet_fc", 64, "onnx", {"pixels": Pixels((104, 117, 128), (1, 2, 3), 255.0, True)}),
+            marks=pytest.mark.slow,
+        ),
     ],
 )
 def test_every_kind_of_network_keeps_its_embeddings(base, size, form, options, tmp_path):

@@ -13,6 +13,7 @@ from metric_kd.types import Batch
 NETWORKS = """resnet8 resnet14 resnet20 resnet32 resnet44 resnet56 resnet110 resnet8_x4 resnet32_x4 resnet14_x0.5
     resnet20_x0.5 resnet20_x0.375 resnet50_cifar wrn_16_1 wrn_40_1 wrn_16_2 wrn_40_2 vgg8_cifar vgg11_cifar vgg13_cifar
     vgg16_cifar vgg19_cifar mobilenet_v2_cifar shufflenet_v1_cifar shufflenet_v2_cifar""".split()
+LARGE = "resnet110 resnet32_x4 resnet50_cifar wrn_40_2 vgg13_cifar vgg16_cifar vgg19_cifar".split()
 CLASSES = 100
 
 
@@ -45,7 +46,10 @@ def one_step(student, teacher, losses):
     return values
 
 
-@pytest.mark.parametrize("base", NETWORKS)
+@pytest.mark.parametrize(
+    "base",
+    [pytest.param(base, marks=[pytest.mark.slow] if base in LARGE else []) for base in NETWORKS],
+)
 def test_one_step_of_kd_mag_and_mas(base):
     """The teacher has the same form and other weights, so that each network is tried in both places."""
     student, teacher = network(base, 0), network(base, 1)

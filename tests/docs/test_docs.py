@@ -18,6 +18,8 @@ RUN = {file: [b for b in blocks if b.mark in ("", "small") and b.language != "te
 FRESH = ("docs/tutorial.md",)
 """Pages that begin with nothing but photographs; the others find runs named teacher, student and alone as well."""
 
+LONG = ("docs/tutorial.md", "docs/howto/choosing-losses.md", "docs/howto/own-data.md")
+
 
 @pytest.fixture(autouse=True)
 def nothing_stays_registered():
@@ -76,7 +78,10 @@ def run_block(block: Block) -> None:
             run(in_small(own) if block.mark == "small" else own)
 
 
-@pytest.mark.parametrize("file", [file for file, blocks in RUN.items() if blocks])
+@pytest.mark.parametrize(
+    "file",
+    [pytest.param(file, marks=[pytest.mark.slow] if file in LONG else []) for file, blocks in RUN.items() if blocks],
+)
 def test_blocks_run_in_order(file, tmp_path, monkeypatch, request):
     monkeypatch.chdir(tmp_path)
     if file in FRESH:
@@ -155,7 +160,7 @@ def test_the_site_builds_and_fetches_nothing_from_elsewhere(tmp_path):
         assert f'id="metric_kd.functional.{name}"' in text, f"the page of losses lacks {name}"
     assert ":func:" not in text
     readme = (tmp_path / "site" / "readme.html").read_text()
-    assert "Two commands" in readme and "Development" in readme
+    assert "Three commands" in readme and "Development" in readme
 
 
 def test_marks_and_blocks_are_read_as_they_are_meant(tmp_path):

@@ -77,6 +77,7 @@ def script(name: str, *flags: object) -> None:
         runpy.run_path(str(ROOT / "examples" / name), run_name="__main__")
 
 
+@pytest.mark.slow
 def test_examples_run(tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
     script("distil_any_module.py")
@@ -85,6 +86,7 @@ def test_examples_run(tmp_path, monkeypatch, capsys):
     assert "Recall@1" in capsys.readouterr().out
 
 
+@pytest.mark.slow
 def test_the_demo_in_its_quick_form_writes_a_page(tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
     script("demo.py", "--quick", "--out", tmp_path / "demo")

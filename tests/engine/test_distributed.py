@@ -514,6 +514,7 @@ def test_patience(monkeypatch):
             distributed.patience()
 
 
+@pytest.mark.slow
 def test_a_process_that_dies_stops_the_run_long_before_the_others_lose_patience(image_folder, tmp_path):
     plugin = tmp_path / "dying.py"
     plugin.write_text(

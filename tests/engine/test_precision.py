@@ -306,6 +306,7 @@ def test_what_cannot_be_compiled_is_refused_in_a_sentence(image_folder, teacher_
         Compiled(broken)(torch.ones(2))
 
 
+@pytest.mark.slow
 def test_the_compiler_itself_gives_the_same_gradients():
     torch._dynamo.reset()
     try:

@@ -155,6 +155,7 @@ def test_nan_stops_names_the_term_and_keeps_the_last_good_checkpoint(image_folde
     assert step_of(run) == 4 and all(t.isfinite().all() for t in read_checkpoint(run)["model"].values())
 
 
+@pytest.mark.slow
 def test_torchrun_with_two_processes_ends_with_a_checkpoint(image_folder, teacher_run, tmp_path):
     run = tmp_path / "run"
     arguments = [
