@@ -16,6 +16,8 @@ VEILED = {"La": "LA", "RGBa": "RGBA"}
 SMALL = 1 << 24
 """Pixels that any memory holds."""
 BITS, PHOTOMETRIC, ORIENTATION = 258, 262, 274
+XMP = {"xmp", "XML:com.adobe.xmp"}
+XMP = {"xmp", "XML:com.adobe.xmp"}
 
 
 class Refused(ValueError):
@@ -101,10 +103,21 @@ def _turned(pixels: "Pillow.Image", image: "Pillow.Image") -> "Pillow.Image":
         7: turn.TRANSVERSE, 8: turn.ROTATE_90,
     }  # fmt: skip
     try:
-        way = ways.get(image.getexif().get(ORIENTATION, 1))
+        way = ways.get(_orientation(image))
     except Exception:  # Pillow raises many types for an entry that is no EXIF; the pixels are whole
         return pixels
     return pixels if way is None else pixels.transpose(way)
+
+
+def _orientation(image: "Pillow.Image") -> int:
+    """The EXIF entry, 1 where there is none. One that stands in XMP alone counts nowhere: the JPEG decoder leaves it too."""
+    from PIL import Image
+
+    if not XMP & image.info.keys():
+        return image.getexif().get(ORIENTATION, 1)
+    exif = Image.Exif()
+    exif.load(image.info.get("exif", b""))
+    return exif.get(ORIENTATION, getattr(image, "tag_v2", {}).get(ORIENTATION, 1))
 
 
 def _claim(file: str) -> str:

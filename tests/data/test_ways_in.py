@@ -7,7 +7,7 @@ import zlib
 import numpy as np
 import pytest
 import torch
-from PIL import Image
+from PIL import Image, PngImagePlugin
 
 from metric_kd.data import decode
 from metric_kd.errors import UserError
@@ -133,6 +133,30 @@ def test_a_photo_is_turned_however_it_is_given(tmp_path, name, orientation):
     assert from_file.shape == given.shape == ((24, 40, 3) if orientation < 5 else (40, 24, 3))
     assert abs(from_file - given).max() <= 1
     np.testing.assert_array_equal(rows(decode.pixels_of(from_file.astype(np.uint8))), from_file)
+
+
+@pytest.mark.parametrize("name", ["x.jpg", "x.png", "x.webp", "x.tiff"])
+@pytest.mark.parametrize("entry", [None, 8])
+def test_an_orientation_in_xmp_alone_turns_nothing(name, entry, tmp_path):
+    xmp = b'<x:xmpmeta><rdf:Description tiff:Orientation="6"/></x:xmpmeta>'
+    if name == "x.png":
+        options = {"pnginfo": PngImagePlugin.PngInfo()}
+        options["pnginfo"].add_itxt("XML:com.adobe.xmp", xmp.decode())
+    else:
+        options = {"tiffinfo": {700: xmp}} if name == "x.tiff" else {"xmp": xmp}
+    if entry and name == "x.tiff":
+        options["tiffinfo"][274] = entry
+    elif entry:
+        options["exif"] = Image.Exif()
+        options["exif"][274] = entry
+    noise = np.random.default_rng(0).integers(0, 256, (6, 10, 3), dtype=np.uint8)
+    Image.fromarray(noise).resize((40, 24)).save(tmp_path / name, **options)
+    image = Image.open(tmp_path / name)
+    assert image.getexif()[274] == (entry or 6), "Pillow reads it"
+    file = decode.decode(str(tmp_path / name))
+    turned = entry or name == "x.tiff"  # which Pillow itself turns while it loads
+    assert file.shape == ((3, 40, 24) if turned else (3, 24, 40))
+    assert torch.equal(decode.pixels_of(Image.open(tmp_path / name)), file)
 
 
 def test_an_exif_entry_that_is_damaged_turns_nothing(tmp_path):
