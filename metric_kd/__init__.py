@@ -7,12 +7,12 @@
 from typing import TYPE_CHECKING, Any
 
 from metric_kd.errors import UserError
+from metric_kd.version import __version__
 
 if TYPE_CHECKING:
     from metric_kd.deploy.embedder import load
     from metric_kd.deploy.searcher import Searcher
 
-__version__ = "0.1.0"
 __all__ = ["Searcher", "UserError", "__version__", "load"]
 
 

@@ -11,7 +11,6 @@ from typing import Any, Literal
 import numpy as np
 import torch
 
-from metric_kd import __version__
 from metric_kd.cli.beside import check_export
 from metric_kd.cli.embedding import embedded
 from metric_kd.cli.goals import load_splits
@@ -34,6 +33,7 @@ from metric_kd.engine.run_directory import check_folder
 from metric_kd.engine.run_plugins import check_named
 from metric_kd.errors import UserError
 from metric_kd.models.network import Network
+from metric_kd.version import __version__
 
 
 @dataclass

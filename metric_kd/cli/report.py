@@ -11,7 +11,6 @@ from typing import Any, Literal
 
 import torch
 
-import metric_kd
 from metric_kd.cli.beside import check_page
 from metric_kd.cli.measuring import Measuring
 from metric_kd.cli.parse import read_words
@@ -23,6 +22,7 @@ from metric_kd.engine.run_directory import check_folder
 from metric_kd.errors import UserError
 from metric_kd.report.embedding_map import require
 from metric_kd.report.run_report import MAPS, write_run_report
+from metric_kd.version import __version__
 
 PAGE = "report.html"
 
@@ -101,7 +101,7 @@ def _incomparable(tests: Sequence[Any]) -> list[str]:
 
 def _facts(device: str) -> dict[str, str]:
     return {
-        "Made": f"{datetime.datetime.now():%Y-%m-%d %H:%M} by metric_kd {metric_kd.__version__}",
+        "Made": f"{datetime.datetime.now():%Y-%m-%d %H:%M} by metric_kd {__version__}",
         "Versions": f"Python {platform.python_version()}, PyTorch {torch.__version__}",
         "Timed on": f"{machine(choose_device(device))}; other work on this machine makes times longer",
     }

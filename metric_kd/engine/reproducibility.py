@@ -14,6 +14,7 @@ from torch import nn
 from metric_kd import kernels
 from metric_kd.distributed import seed_common, world_size
 from metric_kd.generators import seed_all
+from metric_kd.version import __version__
 
 
 def seed_step(seed: int, step: int, rank: int, part: int = 0) -> None:
@@ -56,10 +57,8 @@ def restore_random_states(states: dict[str, Any]) -> None:
 
 def environment(device: torch.device) -> dict[str, Any]:
     """Versions, threads and device: equal environments give bit-equal runs."""
-    import metric_kd
-
     return {
-        "metric_kd": metric_kd.__version__,
+        "metric_kd": __version__,
         "python": platform.python_version(),
         "torch": str(torch.__version__),
         "numpy": np.__version__,

@@ -10,7 +10,7 @@ import torch
 from torch import nn
 from tqdm import tqdm
 
-from metric_kd import distributed
+from metric_kd import distributed, kernels
 from metric_kd.data.loading import ImageLoader
 from metric_kd.distill.granularity import Coders
 from metric_kd.engine import reproducibility
@@ -22,7 +22,7 @@ from metric_kd.engine.logging import Observer, RunningLosses, epoch_line
 from metric_kd.engine.memory import is_out_of_memory, way_out
 from metric_kd.engine.optimisation import Settings, clip, learning_rate, make_optimizer, set_rate, stage_settings
 from metric_kd.engine.replay import Replay
-from metric_kd.engine.resuming import check_finite, progress, read_progress, restore
+from metric_kd.engine.resuming import check_finite, read_progress
 from metric_kd.engine.run_directory import RunDirectory
 from metric_kd.engine.tasks import Task
 from metric_kd.errors import UserError
@@ -290,7 +290,7 @@ class Trainer:
     def save(self, seconds: float) -> None:
         """Write last.pth: everything that the rest of the run depends on."""
         self.losses.check(self.run.last)
-        state = progress(self, seconds)
+        state = self.state_dict(seconds)
         if state is not None:
             check_finite(self.task, self.step, self.run.last)
             write_checkpoint(self.run.claim(self.run.last), state)
@@ -298,9 +298,64 @@ class Trainer:
 
     def resume(self) -> bool:
         """Continue from last.pth; False where there is none. Raises ``UserError`` where it belongs to another run."""
-        state = read_progress(self)
+        state = read_progress(self.run, self.config, self.task.student, self.steps, self.environment)
         if state is not None:
-            restore(self, state)
+            self.load_state_dict(state)
         if distributed.is_main():
             self.run.cut_history(self.lines)
         return state is not None
+
+    def state_dict(self, seconds: float) -> dict[str, Any] | None:
+        """What last.pth holds; ``seconds``: of the epoch, since the start or the last resume.
+
+        All processes call it together; the main one gets the content, the others None.
+        """
+        losses, gradients = self.losses.state(), self.gradients.state()
+        # One that failed on the way is not what computes.
+        self.environment["kernels"] = kernels.described(self.device)
+        states = distributed.gather_objects(reproducibility.random_states())
+        if not distributed.is_main():
+            return None
+        return {
+            **self.state_of(self.task.student),
+            "task": {key: value for key, value in self.task.state_dict().items() if value is not None},
+            "optimizer": self.optimizer.state_dict(),
+            "scaler": self.scaler.state_dict(),
+            "losses": losses,
+            "gradients": gradients,
+            "position": {
+                "stage": self.stage,
+                "stages": [entered[1].name for entered in self.stages if entered],
+                "epoch": self.epoch,
+                "iteration": self.iteration,
+                "step": self.step,
+                "lines": self.lines,
+                "of": self.steps,
+            },
+            "seconds": self.seconds + seconds,
+            "best": self.best,
+            "random": states,
+            "observers": {o.name: o.state() for o in self.observers if o.name},
+            "environment": self.environment,
+            "config": self.config,
+        }
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Go where :meth:`state_dict` was called."""
+        position = state["position"]
+        self.enter_stage(position["stage"])
+        self.task.load_state_dict(state["task"])
+        self.optimizer.load_state_dict(state["optimizer"])
+        self.scaler.load_state_dict(state["scaler"])
+        self.losses.restore(state["losses"])
+        if "gradients" in state:
+            self.gradients.restore(state["gradients"])
+        self.epoch, self.iteration, self.step = position["epoch"], position["iteration"], position["step"]
+        self.lines = position["lines"]
+        self.seconds, self.best = state["seconds"], state["best"]
+        kept = state["observers"]
+        for observer in self.observers if distributed.is_main() else ():
+            if observer.name in kept:
+                observer.restore(kept[observer.name])
+        if len(state["random"]) == distributed.world_size():
+            reproducibility.restore_random_states(state["random"][distributed.rank()])

@@ -40,5 +40,18 @@ class Backbone(nn.Module):
         raise TypeError(f"{type(self).__name__} does not define forward(images, want).")
 
 
+class Resolved(NamedTuple):
+    """A built backbone. ``read(module, images, want)`` gives its Output; ``heads`` begin the keys of a weight file that
+    belong to classifiers, which the module does not have."""
+
+    module: nn.Module
+    read: Callable[[nn.Module, Tensor, tuple[str, ...]], Output]
+    pooled_size: int
+    input_size: int
+    pixels: Pixels | None
+    provides: frozenset[str]
+    heads: tuple[str, ...]
+
+
 BACKBONES: Registry[Callable[..., Backbone]] = Registry("backbone")
 """name -> factory(**options) of the backbones defined here; torchvision's names are resolved in ``models.resnet``."""

@@ -4,28 +4,16 @@ import inspect
 import re
 from collections.abc import Callable
 from functools import partial
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from metric_kd.errors import UserError, one_of
 from metric_kd.models import cifar, fully_connected, googlenet, inception_bn  # noqa: F401  (they fill BACKBONES)
-from metric_kd.models.backbone import BACKBONES, Backbone, Pixels
+from metric_kd.models.backbone import BACKBONES, Backbone, Resolved
+from metric_kd.models.resnet import require_torchvision, torchvision_backbone, torchvision_names
 from metric_kd.types import Output
-
-
-class Resolved(NamedTuple):
-    """A built backbone. ``read(module, images, want)`` gives its Output; ``heads`` begin the keys of a weight file that
-    belong to classifiers, which the module does not have."""
-
-    module: nn.Module
-    read: Callable[[nn.Module, Tensor, tuple[str, ...]], Output]
-    pooled_size: int
-    input_size: int
-    pixels: Pixels | None
-    provides: frozenset[str]
-    heads: tuple[str, ...]
 
 
 def backbone_names() -> list[str]:
@@ -34,8 +22,6 @@ def backbone_names() -> list[str]:
     A width factor (``resnet20_x0.5``), other wide ResNets (``wrn_28_10``) and options (``resnet8:stem_stride=2``) come
     on top.
     """
-    from metric_kd.models.resnet import torchvision_names
-
     ours = list(BACKBONES)
     return ours + [name for name in torchvision_names() if name not in BACKBONES]
 
@@ -89,8 +75,6 @@ def resolve(base: str, input_size: int | None = None) -> Resolved:
     name, options = parse_base(base)
     factory = _factory(name)
     if factory is None:
-        from metric_kd.models.resnet import torchvision_backbone
-
         return torchvision_backbone(name, input_size)
     module = factory(**options)
     return Resolved(
@@ -115,8 +99,6 @@ def _known_name(name: str) -> tuple[str, dict[str, Any]]:
     width = re.fullmatch(r"(.+)_x(\d+\.?\d*)", name)
     if width and width[1] in BACKBONES and _options(BACKBONES[width[1]]).get("width") is float:
         return width[1], {"width": float(width[2])}
-    from metric_kd.models.resnet import require_torchvision, torchvision_names
-
     if not torchvision_names():
         require_torchvision(name)
     if name not in torchvision_names():

@@ -10,10 +10,10 @@ from torch.nn import functional as F
 
 from metric_kd.distances import at_least_float32
 from metric_kd.errors import UserError, one_of
-from metric_kd.models.backbone import Backbone, Pixels
+from metric_kd.models.backbone import Backbone, Pixels, Resolved
 from metric_kd.models.layers import LAYER, output_with_layers
 from metric_kd.models.lent_memory import LentMemory
-from metric_kd.models.names import Resolved, resolve
+from metric_kd.models.names import resolve
 from metric_kd.types import Output
 
 _MEMORY = LentMemory()

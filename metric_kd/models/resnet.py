@@ -7,8 +7,7 @@ import torch
 from torch import Tensor, nn
 
 from metric_kd.errors import UserError
-from metric_kd.models.backbone import Pixels
-from metric_kd.models.names import Resolved
+from metric_kd.models.backbone import Pixels, Resolved
 from metric_kd.types import Output
 
 STAGES: dict[str, tuple[str, ...]] = {
