@@ -6,7 +6,7 @@ import re
 from collections.abc import Sequence
 from importlib import resources
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, get_args
 
 import yaml
 
@@ -152,7 +152,7 @@ def _as_flags(command: str, values: dict[str, Any]) -> list[str]:
     for key, value in values.items():
         several = "list" in str(kinds[key].type)
         if value is None:
-            if "None" not in str(kinds[key].type):
+            if type(None) not in get_args(kinds[key].type):
                 raise UserError(f"{key} is null; give it a value or leave it out.")
         elif not several:
             if isinstance(value, list | dict):
